@@ -1,0 +1,31 @@
+# `make demo` and `make test` need Python >= 3.10 and nothing else; both may be run again and again.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types install
+
+demo: install
+	$(BIN)/l2t-fast train
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy wants the package as it is installed, with kernels/ inside l2t_fast/: a tree of links shows it that.
+types: install
+	rm -rf build/types && mkdir -p build/types
+	cp -rs "$(CURDIR)/l2t_fast" build/types/l2t_fast
+	cp -rs "$(CURDIR)/kernels" build/types/l2t_fast/kernels
+	$(BIN)/mypy build/types/l2t_fast
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@

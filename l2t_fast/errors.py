@@ -1,0 +1,8 @@
+"""The one exception that bad input raises."""
+
+
+class L2TError(ValueError):
+    """Bad input, said in one sentence: what is wrong and what to do.
+
+    The command line prints it without a traceback and exits with status 2.
+    """

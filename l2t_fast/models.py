@@ -1,0 +1,234 @@
+"""Networks by name, the layers of them that are matched by default, and weights from any checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torchvision.models
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from l2t_fast.errors import L2TError
+
+# Depths 6n + 2 of He et al. 2016, section 4.2, without those that name a torchvision network (18, 34, 50, ...).
+CIFAR_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110)}
+VGG9 = ((64,), (128,), (256, 256), (512, 512), (512, 512))  # channels; a max-pool ends each group
+
+
+class CifarResNet(nn.Module):
+    """ResNet for small images (He et al. 2016, section 4.2): [B, 3, H, W] -> [B, num_classes].
+
+    Three stages `layer1`, `layer2`, `layer3` of `blocks` basic blocks with 16, 32, 64 channels times `width`,
+    at H x W, H/2 x W/2, H/4 x W/4. As in the L2T-ww authors' source network, the stem convolution has a bias and
+    the shortcut of a stage that changes shape is a 1x1 convolution with BatchNorm.
+    """
+
+    def __init__(self, blocks: int, num_classes: int, width: float = 1.0) -> None:
+        super().__init__()
+        c1, c2, c3 = (_scaled(c, width) for c in (16, 32, 64))
+        self.conv1 = nn.Conv2d(3, c1, kernel_size=3, padding=1)
+        self.bn1 = nn.BatchNorm2d(c1)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(c1, c1, blocks, stride=1)
+        self.layer2 = _stage(c1, c2, blocks, stride=2)
+        self.layer3 = _stage(c2, c3, blocks, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(c3, num_classes)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))  # [B, c1, H, W]
+        x = self.layer3(self.layer2(self.layer1(x)))  # [B, c3, H/4, W/4]
+        x = torch.flatten(self.avgpool(x), 1)  # [B, c3]
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+class CifarVGG(nn.Module):
+    """VGG9-bn for small images, the L2T-ww target network: [B, 3, H, W] -> [B, num_classes], H, W >= 32.
+
+    Seven 3x3 convolutions with BatchNorm in five groups, each ended by a max-pool (`features`), global average
+    pooling and one linear `classifier`.
+    """
+
+    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for group in VGG9:
+            for base in group:
+                conv = nn.Conv2d(channels, _scaled(base, width), kernel_size=3, padding=1)
+                channels = conv.out_channels
+                layers += [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels, num_classes)
+        _initialise(self)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)  # [B, C, H/32, W/32]
+        x = torch.flatten(self.avgpool(x), 1)  # [B, C]
+        return self.classifier(x)  # type: ignore[no-any-return]
+
+
+def build_model(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
+    """A freshly initialised network [B, 3, H, W] -> [B, num_classes].
+
+    `name` is a CIFAR ResNet (`resnet8`, `resnet14`, `resnet20`, `resnet26`, `resnet32`, `resnet38`, `resnet44`,
+    `resnet56`, `resnet110`), `vgg9_bn`, or any classification network of torchvision. `width` multiplies the
+    channel counts of the first two kinds; torchvision's networks have width 1.
+
+    Raises L2TError for an unknown name (the nearest names are listed) and for a number of classes or a width
+    that no network has.
+    """
+    if num_classes < 1:
+        raise L2TError(f"a network needs at least one class, not {num_classes}.")
+    if width <= 0:
+        raise L2TError(f"the width of a network must be positive, not {width}.")
+    if name in CIFAR_RESNETS:
+        return CifarResNet(CIFAR_RESNETS[name], num_classes, width)
+    if name == "vgg9_bn":
+        return CifarVGG(num_classes, width)
+
+    known = [*CIFAR_RESNETS, "vgg9_bn", *torchvision.models.list_models(module=torchvision.models)]
+    if name not in known:
+        nearest = ", ".join(difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.0))
+        raise L2TError(f"there is no network named {name!r}; the nearest names are {nearest}.")
+    if width != 1:
+        raise L2TError(f"{name} comes from torchvision and has width 1 only; leave width at 1.")
+    # With auxiliary classifiers these two return a tuple while they train.
+    auxiliary = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **auxiliary)
+    return model
+
+
+def default_layers(name: str, model: nn.Module) -> list[str]:
+    """The layers of `model` that are matched unless others are named, as in `model.named_modules()`.
+
+    The stages of a ResNet, and of a VGG the layer whose output enters each max-pool (section 4.1 of the paper).
+
+    Raises L2TError for any other network; `name` is what the message calls it.
+    """
+    if isinstance(model, CifarResNet):
+        return ["layer1", "layer2", "layer3"]
+    if isinstance(model, torchvision.models.ResNet):
+        return ["layer1", "layer2", "layer3", "layer4"]
+    if isinstance(model, (CifarVGG, torchvision.models.VGG)):
+        features = list(model.features.named_children())
+        return [
+            f"features.{before}"
+            for (before, _), (_, layer) in itertools.pairwise(features)
+            if isinstance(layer, nn.MaxPool2d)
+        ]
+    modules = [module for module, _ in model.named_modules() if module.count(".") < 2 and module]
+    raise L2TError(
+        f"{name} has no default layers; name the layers to match, for example among {', '.join(modules[:12])}."
+    )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file, on the CPU: bare, or under `state_dict` or `model`.
+
+    Raises L2TError when the file is missing, truncated, or no checkpoint of tensors.
+    """
+    if not Path(path).is_file():
+        raise L2TError(f"there is no checkpoint file {path}; give the path of one.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on bytes of any origin the unpickler may raise anything
+        raise L2TError(
+            f"{path} is not a checkpoint that PyTorch can read (truncated, or of another kind); get it again."
+        ) from error
+    if isinstance(content, Mapping):
+        for state in (content.get("state_dict"), content.get("model"), content):
+            if isinstance(state, Mapping) and state and all(isinstance(v, Tensor) for v in state.values()):
+                return {str(key): value for key, value in state.items()}
+    raise L2TError(f"{path} holds no weights; give a state dict of tensors, bare or under 'state_dict' or 'model'.")
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copies the weights of a checkpoint file into `model`, whatever the parameter names in the file.
+
+    Entries are matched by name, also without a prefix that all share (`module.`), otherwise by position: both
+    must then be the same sequence of shapes and of roles (`weight`, `bias`, `running_mean`, `running_var`).
+    `num_batches_tracked` is ignored. Values are converted to the dtype and device of the model.
+
+    Raises L2TError, with the model unchanged, for an unreadable file and for one that does not fit, with the
+    first difference.
+    """
+    wanted = _weights(model.state_dict())
+    found = _weights(read_checkpoint(path))
+    pairs = list(zip(wanted, found, strict=False))
+    named = found
+    while named.keys() != wanted.keys() and _share_first_part(named):
+        named = {key.partition(".")[2]: value for key, value in named.items()}
+    if named.keys() == wanted.keys():
+        found, pairs = named, [(key, key) for key in wanted]
+
+    def differ(reason: str) -> L2TError:
+        return L2TError(
+            f"{path} does not fit the network: {reason}; "
+            "build the network it was made with (its name, width and number of classes)."
+        )
+
+    for ours, theirs in pairs:
+        role, shape = ours.rpartition(".")[2], list(wanted[ours].shape)
+        if theirs.rpartition(".")[2] != role or list(found[theirs].shape) != shape:
+            raise differ(f"it has {theirs} {list(found[theirs].shape)} where the network has {ours} {shape}")
+    if len(found) > len(wanted):
+        raise differ(f"the network has nothing for {list(found)[len(wanted)]}")
+    if len(wanted) > len(found):
+        raise differ(f"it has nothing for {list(wanted)[len(found)]}")
+    for ours, theirs in pairs:
+        wanted[ours].copy_(found[theirs])
+
+
+def checkpoint_classes(path: str | Path) -> int:
+    """The number of classes of the network in a checkpoint file: the rows of its last 2-D weight.
+
+    Raises L2TError when the file is unreadable or has no such weight.
+    """
+    state = read_checkpoint(path)
+    rows = [value.shape[0] for key, value in state.items() if key.endswith("weight") and value.ndim == 2]
+    if not rows:
+        raise L2TError(f"{path} has no linear classifier to count classes from; give the number of classes.")
+    return rows[-1]
+
+
+def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def _share_first_part(names: Iterable[str]) -> bool:
+    parts = [name.partition(".") for name in names]
+    return len({first for first, _, _ in parts}) == 1 and all(dot for _, dot, _ in parts)
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(1, round(channels * width))
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    shortcut = None
+    if stride != 1:
+        shortcut = nn.Sequential(
+            nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+    first = BasicBlock(in_channels, channels, stride, shortcut)
+    return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+
+def _initialise(model: nn.Module) -> None:
+    """He et al. 2015 by fan-out, as the authors; BatchNorm starts at 1 and 0 on its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

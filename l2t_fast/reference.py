@@ -1,0 +1,388 @@
+"""The paper in plain PyTorch: the oracle that the fast path is tested against, and the baseline it is timed against.
+
+"Learning What and Where to Transfer" (Jang et al., ICML 2019, arXiv 1905.05901), computed as the authors compute it:
+the simulated steps change the real modules through `torch.optim.SGD`, the state before each of them is copied, and
+the meta-gradient comes from replaying the steps backwards (reverse mode by recomputation). The source networks run
+again at every matching step and every replay of one. Nothing is hoisted, fused or cached, and nothing of the fast
+path is imported.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2t_fast.errors import L2TError
+
+What = Literal["softmax", "uniform"]
+Where = Literal["relu6", "relu", "relu-avg", "softplus", "fixed"]
+Scheme = Literal["transfer", "simulation"]
+Batch = tuple[Tensor, Tensor]
+
+
+class ConstantWeight(nn.Module):
+    """The pair weight λ = softplus(10 a), the same for every image."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.a = nn.Parameter(like.new_zeros(()))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return F.softplus(10 * self.a).expand(len(pooled), 1)  # [B, 1]
+
+
+@dataclass(frozen=True)
+class _State:
+    """All that a simulated step changes: parameters and buffers, the optimizer's state, the random generators."""
+
+    tensors: list[Tensor]
+    optimizer: dict[str, Any]
+    rng: Tensor
+    cuda_rng: Tensor | None
+
+
+def forward_with_features(model: nn.Module, layers: Sequence[str], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output of `model` on `x` and the outputs [B, C, H, W] of its submodules `layers`, in that order.
+
+    Raises L2TError where a feature was overwritten in place after its layer returned it.
+    """
+    taps: dict[str, tuple[Tensor, int]] = {}
+
+    def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            taps[name] = output, output._version
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in layers]
+    try:
+        output: Tensor = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (feature, version) in taps.items():
+        if feature._version != version:
+            raise L2TError(f"The output of layer {name!r} is overwritten in place; name the layer after it.")
+    return output, [taps[name][0] for name in layers]
+
+
+class Reference:
+    """L2T-ww: a target network and the meta-networks that say what and where to transfer to it.
+
+    Symbols: θ = the target's trainable parameters and the projections r; φ = the parameters of `what` (f) and
+    `where` (g); S^m, T^n = feature maps of source layer m and target layer n; R = bilinear resize to the size of T^n.
+
+    L_wfm(θ|x,φ) = β Σ_pairs mean_b λ_b Σ_c w_bc (1/HW) Σ_ij (r(T^n(x)) − R(S^m(x)))²_bcij   (paper, section 2.1)
+    with w_b = softmax(f(pool S^m)) and λ_b = relu6(g(pool S^m)), pool = global average;
+    L_total = L_org + L_wfm, L_org = cross entropy.
+
+    Args:
+        sources: source network, or several; they are put into eval mode and frozen.
+        target: target network; it is trained in place.
+        source_layers: names (as in `named_modules()`) of the tapped layers, a list of them for each source.
+        target_layers: names of the tapped layers of the target.
+        pairs: (source, m, n): indices of a source, of one of its layers and of a target layer.
+        what: "softmax" as above, or "uniform": w = 1/C_s.
+        where: "relu6" as above; "relu"; "relu-avg": relu of g(pool S^m / C_s); "softplus": softplus(10 a), one
+            number a for each pair; "fixed": λ = 1.
+        example: images [B, 3, H, W], from which the channel counts are learnt.
+        lr, momentum, weight_decay, nesterov: SGD for θ, in real and in simulated steps.
+        meta_lr, meta_weight_decay: Adam for φ.
+        beta: β.
+        inner_steps: T.
+        scheme: "transfer" simulates T steps on L_wfm, then one on L_org, all on the batch of the real step (paper,
+            section 2.2); "simulation" simulates T steps on L_total over batches x_1..x_T (ordinary bilevel scheme).
+
+    Attributes:
+        projections: Conv2d(C_t, C_s, 1), one for each pair.
+        what: Linear(C_s, C_s), zero at start, one for each pair; empty for "uniform".
+        where: Linear(C_s, 1), bias one at start (for "softplus" one number `a`, zero at start); empty for "fixed".
+        optimizer, meta_optimizer: SGD and Adam; a learning-rate schedule may be attached to either.
+
+    Raises:
+        L2TError: unknown layer or option, or a pair out of range.
+    """
+
+    def __init__(
+        self,
+        sources: nn.Module | Sequence[nn.Module],
+        target: nn.Module,
+        *,
+        source_layers: Sequence[str] | Sequence[Sequence[str]],
+        target_layers: Sequence[str],
+        pairs: Sequence[tuple[int, int, int]],
+        example: Tensor,
+        what: What = "softmax",
+        where: Where = "relu6",
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        nesterov: bool = False,
+        meta_lr: float = 1e-4,
+        meta_weight_decay: float = 1e-4,
+        beta: float = 0.5,
+        inner_steps: int = 2,
+        scheme: Scheme = "transfer",
+    ) -> None:
+        for value, options in ((what, What), (where, Where), (scheme, Scheme)):
+            if value not in get_args(options):
+                raise L2TError(f"Unknown option {value!r}; choose one of {', '.join(get_args(options))}.")
+        if isinstance(sources, nn.Module):
+            sources, source_layers = [sources], [cast(Sequence[str], source_layers)]
+        self.sources = [source.eval().requires_grad_(False) for source in sources]
+        self.source_layers = [list(names) for names in source_layers]
+        self.target = target
+        self.target_layers = list(target_layers)
+        self.pairs = list(pairs)
+        self.where_kind = where
+        self.beta, self.inner_steps, self.scheme = beta, inner_steps, scheme
+        if len(self.sources) != len(self.source_layers):
+            raise L2TError("Give a list of layers for each source network.")
+        for model, layers in zip([*self.sources, target], [*self.source_layers, self.target_layers], strict=True):
+            if unknown := set(layers) - dict(model.named_modules()).keys():
+                raise L2TError(f"No layer {min(unknown)!r}; name layers as in named_modules().")
+
+        target.eval()  # so that looking at the channel counts changes no running statistics
+        with torch.no_grad():
+            source_features = self._source_features(example)
+            _, target_features = forward_with_features(target, self.target_layers, example)
+        target.train()
+        self.projections, self.what, self.where = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for s, m, n in self.pairs:
+            try:
+                feature, c_t = source_features[s][m], target_features[n].shape[1]
+            except IndexError:
+                raise L2TError(f"Pair {(s, m, n)} is out of range; give (source, m, n) from zero.") from None
+            c_s = feature.shape[1]
+            self.projections.append(nn.Conv2d(c_t, c_s, 1, device=feature.device, dtype=feature.dtype))
+            if what == "softmax":
+                f = nn.Linear(c_s, c_s, device=feature.device, dtype=feature.dtype)
+                nn.init.zeros_(f.weight)
+                nn.init.zeros_(f.bias)
+                self.what.append(f)
+            if where == "softplus":
+                self.where.append(ConstantWeight(feature))
+            elif where != "fixed":
+                g = nn.Linear(c_s, 1, device=feature.device, dtype=feature.dtype)
+                nn.init.ones_(g.bias)
+                self.where.append(g)
+
+        self.theta = {
+            f"{part}.{name}": p
+            for part, module in (("target", target), ("projections", self.projections))
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+        self.phi = {
+            f"{part}.{name}": p
+            for part, module in (("what", self.what), ("where", self.where))
+            for name, p in module.named_parameters()
+        }
+        self.optimizer = torch.optim.SGD(
+            self.theta.values(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        )
+        self.meta_optimizer = (
+            torch.optim.Adam(self.phi.values(), lr=meta_lr, weight_decay=meta_weight_decay) if self.phi else None
+        )
+
+    def matching_loss(self, x: Tensor, beta: float = 1.0) -> Tensor:
+        """L_wfm on images x [B, 3, H, W] with the given β, the target in the mode it is in; a scalar."""
+        _, features = forward_with_features(self.target, self.target_layers, x)
+        return beta * self._matching(x, features)
+
+    def step(
+        self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], val: Batch | None = None
+    ) -> dict[str, Tensor]:
+        """One iteration: the real step of θ, the simulation from there, and the Adam step of φ.
+
+        Args:
+            x, y: images [B, 3, H, W] and labels [B]; for scheme "simulation" also T of each (the real step
+                uses the first).
+            val: images and labels of L_meta; needed for scheme "simulation", else the batch itself by default.
+
+        Returns:
+            L_org ("loss") and L_wfm ("matching_loss") of the real step, and L_meta ("meta_loss") where there is a φ.
+
+        Raises:
+            L2TError: no `val` for scheme "simulation", or a number of batches other than T.
+        """
+        batches = self._batches(x, y, val)
+        self.target.train()
+        org, matching = self._losses(*batches[0])
+        self._sgd_step(org + matching)
+        metrics = {"loss": org.detach(), "matching_loss": matching.detach()}
+        if self.meta_optimizer is not None:
+            metrics["meta_loss"], gradient = self._simulate(batches, val)
+            for p, g in zip(self.phi.values(), gradient, strict=True):
+                p.grad = g
+            self.meta_optimizer.step()
+        return metrics
+
+    def meta_gradient(
+        self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], val: Batch | None = None
+    ) -> dict[str, Tensor]:
+        """dL_meta/dφ by parameter name, simulated from the current θ and momentum; arguments as for `step`.
+
+        Parameters, buffers, momentum and random generators are left as they were. Without φ: empty.
+        """
+        batches = self._batches(x, y, val)
+        if not self.phi:
+            return {}
+        self.target.train()
+        return dict(zip(self.phi, self._simulate(batches, val)[1], strict=True))
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Copies of the states of target, projections, what and where, and the momentum v of each parameter in θ."""
+        state = self.optimizer.state
+        momentum = {
+            name: state.get(p, {}).get("momentum_buffer", torch.zeros_like(p)) for name, p in self.theta.items()
+        }
+        return copy.deepcopy(
+            {
+                "target": self.target.state_dict(),
+                "projections": self.projections.state_dict(),
+                "what": self.what.state_dict(),
+                "where": self.where.state_dict(),
+                "momentum": momentum,
+            }
+        )
+
+    def _source_features(self, x: Tensor) -> list[list[Tensor]]:
+        with torch.no_grad():
+            return [
+                forward_with_features(source, layers, x)[1]
+                for source, layers in zip(self.sources, self.source_layers, strict=True)
+            ]
+
+    def _pair_weight(self, i: int, pooled: Tensor) -> Tensor:
+        """λ of pair i for pooled source features [B, C_s]: [B, 1]."""
+        if self.where_kind == "fixed":
+            return torch.ones_like(pooled[:, :1])
+        head: Tensor = self.where[i](pooled / pooled.shape[1] if self.where_kind == "relu-avg" else pooled)
+        if self.where_kind == "softplus":
+            return head
+        return F.relu6(head) if self.where_kind == "relu6" else F.relu(head)
+
+    def _matching(self, x: Tensor, target_features: list[Tensor]) -> Tensor:
+        """L_wfm with β = 1."""
+        loss = x.new_zeros(())
+        if not self.pairs:
+            return loss
+        source_features = self._source_features(x)
+        for i, (s, m, n) in enumerate(self.pairs):
+            t = target_features[n]  # [B, C_t, H, W]
+            feature = source_features[s][m]  # [B, C_s, H_s, W_s]
+            pooled = feature.mean((2, 3))  # [B, C_s]
+            if feature.shape[2:] != t.shape[2:]:
+                feature = F.interpolate(feature, size=t.shape[2:], mode="bilinear", align_corners=False)
+            distance = (self.projections[i](t) - feature).square().mean((2, 3))  # [B, C_s]
+            w = F.softmax(self.what[i](pooled), 1) if self.what else 1 / distance.shape[1]  # [B, C_s]
+            loss = loss + (self._pair_weight(i, pooled) * w * distance).sum(1).mean()
+        return loss
+
+    def _org(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.target(x), y)
+
+    def _losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """L_org and L_wfm of a batch."""
+        logits, features = forward_with_features(self.target, self.target_layers, x)
+        return F.cross_entropy(logits, y), self.beta * self._matching(x, features)
+
+    def _total(self, x: Tensor, y: Tensor) -> Tensor:
+        org, matching = self._losses(x, y)
+        return org + matching
+
+    def _batches(self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], val: Batch | None) -> list[Batch]:
+        """The batches of the simulated steps, the first of which is the batch of the real step."""
+        if self.phi and self.scheme == "simulation" and val is None:
+            raise L2TError('Scheme "simulation" needs a held-out batch; pass val=(x_val, y_val).')
+        count = max(self.inner_steps, 1) if self.scheme == "simulation" else 1
+        xs = [x] * count if isinstance(x, Tensor) else list(x)
+        ys = [y] * count if isinstance(y, Tensor) else list(y)
+        if not len(xs) == len(ys) == count:
+            raise L2TError(f"This scheme needs {count} batch(es) of images and labels, not {len(xs)} and {len(ys)}.")
+        return list(zip(xs, ys, strict=True))
+
+    def _sgd_step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        for p in self.theta.values():
+            if p.grad is None:  # momentum and weight decay reach this parameter too
+                p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for m in (self.target, self.projections) for t in (*m.parameters(), *m.buffers())]
+
+    def _save(self) -> _State:
+        device = next(iter(self.theta.values())).device
+        return _State(
+            tensors=[t.detach().clone() for t in self._tensors()],
+            optimizer=copy.deepcopy(self.optimizer.state_dict()),
+            rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        )
+
+    def _restore(self, state: _State) -> None:
+        with torch.no_grad():
+            for t, saved in zip(self._tensors(), state.tensors, strict=True):
+                t.copy_(saved)
+        self.optimizer.load_state_dict(state.optimizer)
+        torch.set_rng_state(state.rng)
+        if state.cuda_rng is not None:
+            torch.cuda.set_rng_state(state.cuda_rng, next(iter(self.theta.values())).device)
+
+    def _simulate(self, batches: list[Batch], val: Batch | None) -> tuple[Tensor, list[Tensor]]:
+        """L_meta after the simulated steps, and dL_meta/dφ; rolls everything back."""
+        x, y = batches[0]
+        objectives: list[Callable[[], Tensor]]
+        if self.scheme == "transfer":
+            objectives = [partial(self.matching_loss, x, self.beta)] * self.inner_steps
+            objectives.append(partial(self._org, x, y))
+        else:
+            objectives = [partial(self._total, *batch) for batch in batches[: self.inner_steps]]
+
+        start = self._save()
+        saved = []
+        for objective in objectives:
+            saved.append(self._save())
+            self._sgd_step(objective())
+        theta, phi = list(self.theta.values()), list(self.phi.values())
+        for p in (*theta, *phi):
+            p.grad = None
+        meta_loss = self._org(*(val or (x, y)))
+        meta_loss.backward()
+
+        # A step is g = ∇L(θ) + wd θ; v' = μ v + g; θ' = θ − α v' (Nesterov: θ' = θ − α (g + μ v')).
+        # With p = dL_meta/dθ', q = dL_meta/dv', its adjoint is
+        #   q̄ = q − α p               (Nesterov: q − α μ p), all that reaches v'
+        #   ḡ = q̄                     (Nesterov: q̄ − α p), all that reaches g
+        #   dL_meta/dv = μ q̄;  dL_meta/dθ = p + wd ḡ + ∂⟨∇L, ḡ⟩/∂θ;  dL_meta/dφ += ∂⟨∇L, ḡ⟩/∂φ
+        adjoint_p = [torch.zeros_like(p) if p.grad is None else p.grad for p in theta]
+        adjoint_v = [torch.zeros_like(p) for p in theta]
+        group = self.optimizer.param_groups[0]
+        lr, mu, wd, nesterov = (group[k] for k in ("lr", "momentum", "weight_decay", "nesterov"))
+        for objective, state in zip(reversed(objectives), reversed(saved), strict=True):
+            self._restore(state)
+            gradient = torch.autograd.grad(objective(), theta, create_graph=True, allow_unused=True)
+            adjoint_v = [q - lr * (mu if nesterov else 1) * p for p, q in zip(adjoint_p, adjoint_v, strict=True)]
+            adjoint_g = [q - lr * p if nesterov else q for p, q in zip(adjoint_p, adjoint_v, strict=True)]
+            for p in theta:
+                p.grad = None
+            products = [(g * a).sum() for g, a in zip(gradient, adjoint_g, strict=True) if g is not None]
+            torch.stack(products).sum().backward()  # adds to the gradients of φ
+            adjoint_p = [
+                p + wd * a + (0 if leaf.grad is None else leaf.grad)
+                for p, a, leaf in zip(adjoint_p, adjoint_g, theta, strict=True)
+            ]
+            adjoint_v = [mu * q for q in adjoint_v]
+        self._restore(start)
+        meta_gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in phi]
+        for p in (*theta, *phi):
+            p.grad = None
+        return meta_loss.detach(), meta_gradient

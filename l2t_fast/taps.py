@@ -1,0 +1,213 @@
+"""Features of named layers of any module, by torchvision's feature extractor (torch.fx)."""
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
+
+from l2t_fast.errors import L2TError
+from l2t_fast.pairs import Shape
+
+_OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Taps:
+    """A network that returns its features: `network(x)` is a dictionary, `split` puts it in order.
+
+    `network` shares parameters and submodules with the module it was made of; parameters and layers that neither the
+    tapped layers nor the output need are left out.
+    """
+
+    network: nn.Module
+    nodes: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    classes: int  # logits of the output, 0 without
+
+    def split(self, outputs: dict[str, Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """(output of the whole module, if it was asked for, and features in the order of the layers)."""
+        return outputs.get(_OUTPUT), [outputs[node] for node in self.nodes]
+
+
+def tap(module: nn.Module, layers: Sequence[str], example: Tensor, *, role: str, output: bool) -> Taps:
+    """Taps `layers` of `module`, named as in `named_modules()`.
+
+    A layer inside the module may also have torchvision's node name (`layer1.0.relu_1`: the second call of a module
+    that is called twice). `example` [B, C, H, W] tells the features' shapes; one image is enough. With `output` the
+    whole module's output is returned too and both modes are kept, without it the network is for evaluation.
+    `role` ("target", "source 0") names the module in errors.
+
+    Raises:
+        L2TError: a module that torch.fx cannot trace, an unknown layer (the nearest names are listed), a layer that
+            is never called or called several times, a feature that is not [B, C, H, W], a feature that is overwritten
+            in place later in the forward pass, a traced module that computes something else.
+    """
+    if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+        raise L2TError(f"the layers of the {role} must be a list of names, not {layers!r}.")
+    nodes = {training: _resolve(module, layers, training, role, output) for training in (True, False)}
+    was_training = module.training
+    try:
+        network = create_feature_extractor(
+            module,
+            train_return_nodes=nodes[True],
+            eval_return_nodes=nodes[False],
+            suppress_diff_warning=True,
+        )
+    finally:
+        module.train(was_training)
+    keys = tuple(f"tap{i}" for i in range(len(layers)))
+    x = example[:1].expand(2, *example.shape[1:]).contiguous()  # BatchNorm cannot train on one image
+    with _undisturbed(network), torch.no_grad():
+        _check_same(module, network if output else None, x, role)
+        recorder = _Recorder(network.train(output))
+        outputs = recorder.run(x)
+        network.train(was_training and output)
+    features = [outputs[key] for key in keys]
+    for layer, key, feature in zip(layers, keys, features, strict=True):
+        if not isinstance(feature, Tensor) or feature.dim() != 4:
+            shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            raise L2TError(
+                f"layer '{layer}' of the {role} gives {shape}, but only features [B, C, H, W] can be matched."
+            )
+        if key in recorder.overwritten:
+            raise L2TError(
+                f"layer '{layer}' of the {role} is overwritten in place by '{recorder.overwritten[key]}': tap that one "
+                "instead, or build the network with inplace=False."
+            )
+    if output and outputs[_OUTPUT].dim() != 2:
+        raise L2TError(f"the {role} returns {list(outputs[_OUTPUT].shape)}, not logits [B, classes]: wrap it to do so.")
+    module.train(was_training)
+    shapes = tuple((f.shape[1], f.shape[2], f.shape[3]) for f in features)
+    return Taps(network, keys, shapes, outputs[_OUTPUT].shape[1] if output else 0)
+
+
+class _ModuleTracer(NodePathTracer):  # type: ignore[misc]
+    """Notes which graph node each call of each module returned."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_modules=())
+        self.results: dict[str, list[Any]] = {}
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        self.results.setdefault(self.path_of_module(m), []).append(result)
+        return result
+
+
+def _resolve(module: nn.Module, layers: Sequence[str], training: bool, role: str, output: bool) -> dict[str, str]:
+    """{name of a graph node: key in the extractor's dictionary}, for one mode of the module."""
+    tracer = _ModuleTracer()
+    was_training = module.training
+    try:
+        graph = tracer.trace(module.train(training))
+    except Exception as error:  # whatever a forward pass may raise on a symbolic input
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise L2TError(
+            f"torch.fx cannot trace the {role} ({type(module).__name__}): {first_line} Rewrite the data-dependent part "
+            "of its forward pass, or mark it with torch.fx.wrap."
+        ) from error
+    finally:
+        module.train(was_training)
+    names: dict[fx.Node, str] = tracer.node_to_qualname
+    nodes: dict[str, str] = {}
+    if output:
+        (result,) = (node.args[0] for node in graph.nodes if node.op == "output")
+        if not isinstance(result, fx.Node):
+            raise L2TError(f"the {role} returns {type(result).__name__}, not one tensor of logits: wrap it to do so.")
+        nodes[names[result]] = _OUTPUT
+    for i, layer in enumerate(layers):
+        node = _node_of(module, layer, tracer, role)
+        if nodes.get(node) == _OUTPUT:
+            raise L2TError(f"layer '{layer}' is the output of the {role}, not a feature: tap an earlier layer.")
+        nodes.setdefault(node, f"tap{i}")
+        if nodes[node] != f"tap{i}":
+            other = layers[int(nodes[node].removeprefix("tap"))]
+            raise L2TError(f"layers '{layer}' and '{other}' of the {role} are the same feature: give it once.")
+    return nodes
+
+
+def _node_of(module: nn.Module, layer: str, tracer: _ModuleTracer, role: str) -> str:
+    names: dict[fx.Node, str] = tracer.node_to_qualname
+    modules = [name for name, _ in module.named_modules() if name]
+    calls = tracer.results.get(layer, [])
+    if len(calls) > 1:
+        inside = sorted({n for n in names.values() if n == layer or n.startswith((f"{layer}_", f"{layer}."))})
+        raise L2TError(
+            f"layer '{layer}' of the {role} is called {len(calls)} times, so its feature is ambiguous: tap the block "
+            f"around it{_listed(', or one of', [n for n in inside if n != layer])}."
+        )
+    if len(calls) == 1:
+        if not isinstance(calls[0], fx.Proxy):
+            raise L2TError(f"layer '{layer}' of the {role} returns {type(calls[0]).__name__}, not one tensor.")
+        return names[calls[0].node]
+    if layer in names.values():
+        return layer
+    if layer in modules:
+        raise L2TError(f"layer '{layer}' of the {role} is never called itself: tap a layer inside it.")
+    near = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3) or modules[:8]
+    raise L2TError(f"the {role} has no layer '{layer}'{_listed(': the nearest names are', near)}.")
+
+
+def _listed(lead: str, names: Sequence[str]) -> str:
+    return f"{lead} {', '.join(repr(name) for name in names[:6])}" if names else ""
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a feature extractor once and finds taps that a later operation overwrites in place.
+
+    The version counter of a tensor, shared by its views, counts the writes to it.
+    """
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        (returned,) = (node.args[0] for node in network.graph.nodes if node.op == "output")
+        self.keys = {node: key for key, node in returned.items()}
+        self.versions: dict[str, tuple[Tensor, int]] = {}
+        self.overwritten: dict[str, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        for key, (tensor, version) in self.versions.items():
+            if tensor._version > version:
+                self.overwritten.setdefault(key, str(n.target))
+        if n in self.keys and isinstance(result, Tensor):
+            self.versions[self.keys[n]] = (result, result._version)
+        return result
+
+
+def _check_same(module: nn.Module, network: nn.Module | None, x: Tensor, role: str) -> None:
+    """That the module runs on x and, where a traced `network` is given, that both compute the same output."""
+    was_training = module.training
+    try:
+        theirs = module.eval()(x)
+    except RuntimeError as error:
+        raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {str(error).splitlines()[0]}") from error
+    finally:
+        module.train(was_training)
+    if network is not None and not torch.equal(network.eval()(x)[_OUTPUT], theirs):
+        raise L2TError(
+            f"the {role} ({type(module).__name__}) computes something else once torch.fx has traced it: use the result "
+            "of every in-place operation of its forward pass, and no condition on values."
+        )
+
+
+@contextmanager
+def _undisturbed(network: nn.Module) -> Iterator[None]:
+    """Puts buffers and the random state back to where they were."""
+    buffers = OrderedDict((name, buffer.clone()) for name, buffer in network.named_buffers())
+    devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in network.named_buffers():
+                buffer.copy_(buffers[name])

@@ -1,0 +1,214 @@
+"""The learner: sources, target, projections r and the meta-networks f ("what") and g ("where")."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2t_fast.errors import L2TError
+from l2t_fast.kernels import ops
+from l2t_fast.pairs import Pair, PairSpec, resolve_pairs
+from l2t_fast.taps import tap
+
+What = Literal["softmax", "uniform"]
+Where = Literal["relu6", "relu", "relu-avg", "softplus", "fixed"]
+
+_RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {"relu6": F.relu6, "relu": F.relu, "relu-avg": F.relu}
+
+
+class Constant(nn.Module):
+    """A pair weight that does not see the image: λ = softplus(10 a)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(()))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return F.softplus(10 * self.a).expand(pooled.shape[0])  # [B]
+
+
+class L2T(nn.Module):
+    """Learns what and where to transfer from frozen sources to a target (paper, section 2).
+
+    Args:
+        sources: a source network or several, any modules; frozen, always in evaluation mode.
+        target: the target network, any module from images [B, C, H, W] to logits [B, classes].
+        source_layers: names as in `named_modules()`; for several sources a list for each.
+        target_layers: names likewise.
+        pairs: "all-to-all", "one-to-one", "single", a list of (m, n) or of (source, m, n); see `resolve_pairs`.
+            An empty list is plain training.
+        what: channel weights w: "softmax" of a linear map of the pooled source feature, or "uniform" (1/C_s).
+        where: pair weights λ: "relu6", "relu" or "relu-avg" (of the pooled feature divided by C_s) of a linear map,
+            "softplus" (a constant softplus(10 a) for each pair), or "fixed" (1).
+        example: images [B, C, H, W] as the networks will get them; only their shape, device and dtype matter.
+
+    Attributes:
+        pairs: list of (source, m, n).
+        projections: r, a Conv2d(C_t, C_s, 1) for each pair; trained together with the target.
+        what, where: f and g, one for each pair; the meta-parameters φ.
+        sources, target: the networks as feature extractors; `classes` of the target, `source_layers`, `target_layers`.
+
+    The networks are shared, not copied: training the learner trains the `target` given here.
+
+    Raises:
+        L2TError: see `tap` and `resolve_pairs`; also sources and target on different devices or dtypes.
+    """
+
+    def __init__(
+        self,
+        sources: nn.Module | Sequence[nn.Module],
+        target: nn.Module,
+        *,
+        source_layers: Sequence[str] | Sequence[Sequence[str]],
+        target_layers: Sequence[str],
+        pairs: PairSpec = "all-to-all",
+        what: What = "softmax",
+        where: Where = "relu6",
+        example: Tensor,
+    ) -> None:
+        super().__init__()
+        if what not in ("softmax", "uniform"):
+            raise L2TError(f"what='{what}' is unknown: use 'softmax' or 'uniform'.")
+        if where not in (*_RECTIFIERS, "softplus", "fixed"):
+            raise L2TError(
+                f"where='{where}' is unknown: use {', '.join(map(repr, _RECTIFIERS))}, 'softplus' or 'fixed'."
+            )
+        networks = [sources] if isinstance(sources, nn.Module) else list(sources)
+        layers = _layers_of_each(networks, source_layers)
+        _check_placement(networks, target, example)
+
+        source_taps = [
+            tap(network.eval(), names, example, role=f"source {s}", output=False)
+            for s, (network, names) in enumerate(zip(networks, layers, strict=True))
+        ]
+        self._target_taps = tap(target, target_layers, example, role="target", output=True)
+        self._source_taps = source_taps
+        self.sources = nn.ModuleList(taps.network for taps in source_taps).requires_grad_(False)
+        self.target = self._target_taps.network
+        self.source_layers = layers
+        self.target_layers = list(target_layers)
+        self.classes = self._target_taps.classes
+        self.pairs: list[Pair] = resolve_pairs(pairs, [t.shapes for t in source_taps], self._target_taps.shapes)
+        self._what, self._where = what, where
+
+        # Only layers that some pair uses reach the operators.
+        self._used_sources = sorted({(pair.source, pair.m) for pair in self.pairs})
+        self._used_targets = sorted({pair.n for pair in self.pairs})
+        self.source_of = [self._used_sources.index((pair.source, pair.m)) for pair in self.pairs]
+        self.target_of = [self._used_targets.index(pair.n) for pair in self.pairs]
+
+        self.projections = nn.ModuleList()
+        self.what = nn.ModuleList()
+        self.where = nn.ModuleList()
+        for pair in self.pairs:
+            C_s = source_taps[pair.source].shapes[pair.m][0]
+            C_t = self._target_taps.shapes[pair.n][0]
+            self.projections.append(nn.Conv2d(C_t, C_s, 1))
+            if what == "softmax":
+                self.what.append(_linear(C_s, C_s, weight=0.0, bias=0.0))
+            if where == "softplus":
+                self.where.append(Constant())
+            elif where != "fixed":
+                self.where.append(_linear(C_s, 1, bias=1.0))
+        for heads in (self.projections, self.what, self.where):
+            heads.to(example)
+        self.train()
+
+    def train(self, mode: bool = True) -> "L2T":
+        """Training mode for the target; the sources stay in evaluation mode."""
+        super().train(mode)
+        self.sources.eval()
+        return self
+
+    def source_features(self, x: Tensor) -> list[Tensor]:
+        """S: a feature [B, C_s, h, w] of each source layer that some pair uses; no gradient."""
+        with torch.no_grad():
+            features = [
+                taps.split(network(x))[1] if any(s == used for used, _ in self._used_sources) else []
+                for s, (taps, network) in enumerate(zip(self._source_taps, self.sources, strict=True))
+            ]
+        return [features[s][m] for s, m in self._used_sources]
+
+    def target_outputs(self, x: Tensor, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """(logits [B, classes], T: a feature [B, C_t, H, W] of each target layer that some pair uses).
+
+        `parameters`, by the names of the target, replace its own (`torch.func.functional_call`).
+        """
+        outputs = self.target(x) if parameters is None else torch.func.functional_call(self.target, parameters, (x,))
+        logits, features = self._target_taps.split(outputs)
+        assert logits is not None
+        return logits, [features[n] for n in self._used_targets]
+
+    def weights(self, S: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """(w^{mn} of eq. 2: a [B, C_s] for each pair, λ^{mn} of eq. 3: a [B] for each pair), from `source_features`."""
+        features = [feature.mean((2, 3)) for feature in S]
+        pooled = [features[m] for m in self.source_of]  # [B, C_s] of each pair
+        if self._what == "uniform":
+            w = [p.new_full((), 1 / p.shape[1]).expand_as(p) for p in pooled]
+        else:
+            w = [F.softmax(f(p), 1) for f, p in zip(self.what, pooled, strict=True)]
+        if self._where == "fixed":
+            lam = [p.new_ones(()).expand(p.shape[0]) for p in pooled]
+        elif self._where == "softplus":
+            lam = [g(p) for g, p in zip(self.where, pooled, strict=True)]
+        else:
+            scale = [p.shape[1] if self._where == "relu-avg" else 1 for p in pooled]
+            rectify = _RECTIFIERS[self._where]
+            lam = [rectify(g(p / c)).squeeze(1) for g, p, c in zip(self.where, pooled, scale, strict=True)]
+        return w, lam
+
+    def matching_loss(self, x: Tensor) -> Tensor:
+        """L_wfm(θ | x, φ) of eq. 3 with β = 1, a scalar; differentiable twice in θ, r and φ.
+
+        x: images [B, C, H, W]. An ordinary forward pass of the target, in its present mode.
+        """
+        S = self.source_features(x)
+        _, T = self.target_outputs(x)
+        E = ops.matching_distances(T, S, *self.projection_tensors(), self.source_of, self.target_of) if T else []
+        a = cotangents(*self.weights(S), beta=1.0)
+        return torch.stack([(a_p * E_p).sum() for a_p, E_p in zip(a, E, strict=True)]).sum() if a else x.new_zeros(())
+
+    def projection_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(r: a [C_s, C_t, 1, 1] for each pair, their biases: a [C_s] for each pair)."""
+        convolutions = [r for r in self.projections if isinstance(r, nn.Conv2d)]
+        return [r.weight for r in convolutions], [r.bias for r in convolutions if r.bias is not None]
+
+
+def cotangents(w: Sequence[Tensor], lam: Sequence[Tensor], beta: float) -> list[Tensor]:
+    """a = (β/B) λ w, so that L_wfm = Σ a E: a [B, C_s] for each pair."""
+    return [(beta / w_p.shape[0]) * lam_p[:, None] * w_p for w_p, lam_p in zip(w, lam, strict=True)]
+
+
+def _linear(inputs: int, outputs: int, *, bias: float, weight: float | None = None) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.constant_(layer.bias, bias)
+    if weight is not None:
+        nn.init.constant_(layer.weight, weight)
+    return layer
+
+
+def _layers_of_each(
+    networks: Sequence[nn.Module], source_layers: Sequence[str] | Sequence[Sequence[str]]
+) -> list[list[str]]:
+    names = list(source_layers)
+    if len(networks) == 1 and all(isinstance(name, str) for name in names):
+        return [[str(name) for name in names]]
+    if len(names) != len(networks) or any(isinstance(name, str) for name in names):
+        raise L2TError(
+            f"source_layers must hold one list of names for each of the {len(networks)} sources, not {source_layers!r}."
+        )
+    return [list(layers) for layers in names]
+
+
+def _check_placement(networks: Sequence[nn.Module], target: nn.Module, example: Tensor) -> None:
+    if example.dim() != 4:
+        raise L2TError(f"example must be images [B, C, H, W], not a tensor of shape {list(example.shape)}.")
+    for role, module in [*((f"source {s}", network) for s, network in enumerate(networks)), ("target", target)]:
+        for name, p in module.named_parameters():
+            if p.device != example.device or p.dtype != example.dtype:
+                raise L2TError(
+                    f"parameter '{name}' of the {role} is {p.dtype} on {p.device}, but example is {example.dtype} on "
+                    f"{example.device}: move all networks and the example to one device and dtype first."
+                )

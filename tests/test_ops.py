@@ -1,0 +1,155 @@
+"""The matching operators against plain autograd, finite differences and PyTorch's own operator checks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from l2t_fast.kernels import ops
+
+pytestmark = pytest.mark.core
+
+# (source shapes [C, h, w], target shapes [C, H, W], pairs (m, n))
+CASES = {
+    "one pair": ([(3, 4, 4)], [(2, 4, 4)], [(0, 0)]),
+    "up and down": ([(3, 2, 2), (5, 8, 8)], [(4, 4, 4), (2, 1, 1)], [(0, 0), (0, 1), (1, 0), (1, 1)]),
+    "ragged 7/3, not square": ([(3, 3, 2), (1, 7, 5)], [(2, 7, 5), (3, 3, 2)], [(1, 1), (0, 0)]),
+    "an unpaired layer": ([(2, 3, 3)], [(2, 3, 3), (3, 2, 2)], [(0, 1)]),
+    "a pair twice over": ([(2, 3, 3), (2, 3, 3)], [(2, 3, 3)], [(0, 0), (1, 0), (0, 0)]),
+}
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> tuple:
+    """(targets, sources, weights, biases, a, source_of, target_of), float64, random."""
+    torch.manual_seed(0)
+    source_shapes, target_shapes, pairs = CASES[request.param]
+    batch = 3
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    return (
+        [rand(batch, *shape) for shape in target_shapes],
+        [rand(batch, *shape).detach() for shape in source_shapes],
+        [rand(source_shapes[m][0], target_shapes[n][0], 1, 1) for m, n in pairs],
+        [rand(source_shapes[m][0]) for m, _ in pairs],
+        [rand(batch, source_shapes[m][0]) for m, _ in pairs],
+        [m for m, _ in pairs],
+        [n for _, n in pairs],
+    )
+
+
+def plain_distances(targets, sources, weights, biases, source_of, target_of) -> list[Tensor]:
+    """E in the plainest PyTorch."""
+    E = []
+    for r, bias, m, n in zip(weights, biases, source_of, target_of, strict=True):
+        S, T = sources[m], targets[n]
+        if S.shape[2:] != T.shape[2:]:
+            S = F.interpolate(S, size=T.shape[2:], mode="bilinear", align_corners=False)
+        E.append((F.conv2d(T, r, bias) - S).square().mean((2, 3)))
+    return E
+
+
+def plain_gradient(targets, sources, weights, biases, a, source_of, target_of) -> tuple[Tensor, ...]:
+    """(E..., g_T..., g_r..., g_bias...) by autograd, differentiable again."""
+    E = plain_distances(targets, sources, weights, biases, source_of, target_of)
+    loss = sum((a_p * E_p).sum() for a_p, E_p in zip(a, E, strict=True))
+    inputs = [*targets, *weights, *biases]
+    g = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+    return (*E, *(torch.zeros_like(x) if g_x is None else g_x for x, g_x in zip(inputs, g, strict=True)))
+
+
+def flat(lists) -> tuple[Tensor, ...]:
+    return tuple(t for tensors in lists for t in tensors)
+
+
+def assert_close(ours, theirs) -> None:
+    assert len(ours) == len(theirs)
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.shape == y.shape
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+def test_distances(case: tuple) -> None:
+    targets, sources, weights, biases, _, *of = case
+    ours = torch.ops.l2t.matching_distances(targets, sources, weights, biases, *of)
+    assert_close(ours, plain_distances(targets, sources, weights, biases, *of))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradient(case: tuple, layout: torch.memory_format) -> None:
+    targets, *rest = case
+    targets = [t.contiguous(memory_format=layout) for t in targets]
+    E, g_T, g_r, g_bias = torch.ops.l2t.matching_gradient(targets, *rest, True)
+    assert_close((*E, *g_T, *g_r, *g_bias), plain_gradient(targets, *rest))
+    assert all(g.stride() == t.stride() for g, t in zip(g_T, targets, strict=True))
+    assert torch.ops.l2t.matching_gradient(targets, *rest, False)[0] == []
+
+
+def test_adjoint(case: tuple) -> None:
+    """The registered backward against autograd through the plain gradient."""
+    targets, _, weights, biases, a, *_ = case
+    inputs = [*targets, *weights, *biases, *a]
+    outputs = [
+        (ours, theirs, torch.randn_like(theirs))
+        for ours, theirs in zip(flat(torch.ops.l2t.matching_gradient(*case, True)), plain_gradient(*case), strict=True)
+        if theirs.requires_grad  # all but g_T of a layer without a pair
+    ]
+    ours, theirs, u = zip(*outputs, strict=True)
+    theirs = torch.autograd.grad(theirs, inputs, u, allow_unused=True)
+    ours = torch.autograd.grad(ours, inputs, u)
+    assert_close(ours, [torch.zeros_like(x) if v is None else v for x, v in zip(inputs, theirs, strict=True)])
+
+
+def test_first_step_needs_only_v_a(case: tuple) -> None:
+    """With constant features and projections the adjoint gives v_a alone, the same one."""
+    targets, sources, weights, biases, a, *of = case
+    full = flat(ops.matching_gradient(targets, sources, weights, biases, a, *of, False))
+    u = [torch.randn_like(x) for x in full]
+    theirs = torch.autograd.grad(full, a, u)
+    constants = [[t.detach() for t in tensors] for tensors in (targets, sources, weights, biases)]
+    ours = torch.autograd.grad(flat(ops.matching_gradient(*constants, a, *of, False)), a, u)
+    assert_close(ours, theirs)
+
+
+def test_gradcheck_and_gradgradcheck(case: tuple) -> None:
+    targets, sources, weights, biases, a, *of = case
+    split = (len(targets), len(weights), len(biases))
+
+    def distances(*x: Tensor) -> tuple[Tensor, ...]:
+        T, r, bias = _split(x, split)
+        return tuple(ops.matching_distances(T, sources, r, bias, *of))
+
+    def gradient(*x: Tensor) -> tuple[Tensor, ...]:
+        T, r, bias, a_ = _split(x, (*split, len(a)))
+        return flat(ops.matching_gradient(T, sources, r, bias, a_, *of, True))
+
+    primal = (*targets, *weights, *biases)
+    assert torch.autograd.gradcheck(distances, primal)
+    assert torch.autograd.gradgradcheck(distances, primal)
+    assert torch.autograd.gradcheck(gradient, (*primal, *a))
+
+
+def _split(x: tuple[Tensor, ...], lengths: tuple[int, ...]) -> list[list[Tensor]]:
+    tensors = iter(x)
+    return [[next(tensors) for _ in range(length)] for length in lengths]
+
+
+def test_opcheck(case: tuple) -> None:
+    """Schema, fake kernel, autograd registration and AOT dispatch."""
+    targets, sources, weights, biases, _, *of = case
+    torch.library.opcheck(ops.matching_distances, (targets, sources, weights, biases, *of))
+    torch.library.opcheck(ops.matching_gradient, (*case, True))
+    u = [[torch.randn_like(t) for t in tensors] for tensors in (targets, weights, biases)]
+    for primal in (True, False):
+        arguments = torch.utils._pytree.tree_map_only(Tensor, torch.Tensor.detach, (*case[:5], *u))
+        torch.library.opcheck(ops.matching_adjoint, (*arguments, *of, primal))
+
+
+def test_third_order_is_refused(case: tuple) -> None:
+    targets, *rest = case
+    g_T = ops.matching_gradient(targets, *rest, False)[1][rest[-1][0]]
+    (v_a,) = torch.autograd.grad(g_T.sum(), rest[3][0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(v_a.sum(), rest[1][0])
