@@ -9,7 +9,7 @@ path is imported.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -234,7 +234,10 @@ class Reference:
         if not self.phi:
             return {}
         self.target.train()
-        return dict(zip(self.phi, self._simulate(batches, val)[1], strict=True))
+        start = self._save()
+        _, gradient = self._simulate(batches, val)
+        self._restore(start)
+        return dict(zip(self.phi, gradient, strict=True))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Copies of the states of target, projections, what and where, and the momentum v of each parameter in θ."""
@@ -338,7 +341,7 @@ class Reference:
             torch.cuda.set_rng_state(state.cuda_rng, next(iter(self.theta.values())).device)
 
     def _simulate(self, batches: list[Batch], val: Batch | None) -> tuple[Tensor, list[Tensor]]:
-        """L_meta after the simulated steps, and dL_meta/dφ; rolls everything back."""
+        """L_meta after the simulated steps, and dL_meta/dφ; rolls everything back but the random generators."""
         x, y = batches[0]
         objectives: list[Callable[[], Tensor]]
         if self.scheme == "transfer":
@@ -357,6 +360,7 @@ class Reference:
             p.grad = None
         meta_loss = self._org(*(val or (x, y)))
         meta_loss.backward()
+        end = self._save()
 
         # A step is g = ∇L(θ) + wd θ; v' = μ v + g; θ' = θ − α v' (Nesterov: θ' = θ − α (g + μ v')).
         # With p = dL_meta/dθ', q = dL_meta/dv', its adjoint is
@@ -381,7 +385,7 @@ class Reference:
                 for p, a, leaf in zip(adjoint_p, adjoint_g, theta, strict=True)
             ]
             adjoint_v = [mu * q for q in adjoint_v]
-        self._restore(start)
+        self._restore(replace(start, rng=end.rng, cuda_rng=end.cuda_rng))
         meta_gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in phi]
         for p in (*theta, *phi):
             p.grad = None
