@@ -30,27 +30,26 @@ _TEST, _VAL, _FEW, _ORDER, _ITEM = range(5)
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data, and which part of them.
-
-    dataset: digits, fashion-mnist, cifar10, cifar100, stl10, or folder (any ImageFolder:
-        data_root/train/CLASS/IMAGE, and the same under data_root/test or data_root/val).
-    data_root: where the data set lies. download: fetch it there first if it is missing.
-    classes: keep only these classes, relabelled 0, 1, ... in this order.
-    per_class: limited data, so many labelled training images of each class.
-    val_fraction: fraction of each class's training images held out for validation.
-    split: PREFIX of the authors' files PREFIX-train, PREFIX-val, PREFIX-test, torch-saved (classes, indices)
-        into the training set (train, val) and the test set (test). They replace classes and val_fraction.
-    workers: processes that read images (folder only).
-    """
+    """Which data, and which part of them."""
 
     dataset: str = "digits"
+    """digits, fashion-mnist, cifar10, cifar100, stl10, or folder (any ImageFolder: DATA_ROOT/train/CLASS/IMAGE, and the
+    same under DATA_ROOT/test or DATA_ROOT/val)"""
     data_root: Path = Path("data")
+    """where the data set lies"""
     download: bool = False
+    """fetch it there first if it is missing"""
     classes: tuple[int, ...] | None = None
+    """keep only these classes, relabelled 0, 1, ... in this order"""
     per_class: int | None = None
+    """limited data: so many labelled training images of each class, and at most as many for validation"""
     val_fraction: float = 0.1
+    """fraction of each class's training images held out for validation"""
     split: str | None = None
+    """PREFIX of the authors' files PREFIX-train, PREFIX-val, PREFIX-test, torch-saved (classes, indices) into the
+    training set (train, val) and the test set (test); they replace --classes and --val-fraction"""
     workers: int = 2
+    """processes that read images (folder only)"""
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
     """The data set that `config` names, split; `seed` chooses only the `per_class` images.
 
     Validation is a fixed stratified part of the training set, the same for every seed; limited data are drawn from
-    what is left of it, and fewer images per class are a subset of more. Only the training part is augmented.
+    what is left of it (validation is limited likewise), and fewer images per class are a subset of more. Only the
+    training part is augmented.
 
     Raises L2TError when the data set is unknown, missing or damaged, or has not the classes, images or split asked
     for.
@@ -271,6 +271,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
                     f"fewer than the {k} per class asked for; ask for at most {count}."
                 )
         train_part, _ = _draw(train.labels, train_part, classes, lambda _: k, _FEW, seed)
+        val_part, _ = _draw(train.labels, val_part, classes, lambda n: min(n, k), _FEW, seed)
 
     relabel = torch.full((max(num_classes, max(classes) + 1),), -1)
     relabel[list(classes)] = torch.arange(len(classes))

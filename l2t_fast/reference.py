@@ -322,14 +322,13 @@ class Reference:
     def _tensors(self) -> list[Tensor]:
         return [t for m in (self.target, self.projections) for t in (*m.parameters(), *m.buffers())]
 
-    def _save(self) -> _State:
+    def _rng(self) -> tuple[Tensor, Tensor | None]:
         device = next(iter(self.theta.values())).device
-        return _State(
-            tensors=[t.detach().clone() for t in self._tensors()],
-            optimizer=copy.deepcopy(self.optimizer.state_dict()),
-            rng=torch.get_rng_state(),
-            cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        )
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def _save(self) -> _State:
+        tensors = [t.detach().clone() for t in self._tensors()]
+        return _State(tensors, copy.deepcopy(self.optimizer.state_dict()), *self._rng())
 
     def _restore(self, state: _State) -> None:
         with torch.no_grad():
@@ -360,7 +359,7 @@ class Reference:
             p.grad = None
         meta_loss = self._org(*(val or (x, y)))
         meta_loss.backward()
-        end = self._save()
+        rng, cuda_rng = self._rng()
 
         # A step is g = ∇L(θ) + wd θ; v' = μ v + g; θ' = θ − α v' (Nesterov: θ' = θ − α (g + μ v')).
         # With p = dL_meta/dθ', q = dL_meta/dv', its adjoint is
@@ -385,7 +384,7 @@ class Reference:
                 for p, a, leaf in zip(adjoint_p, adjoint_g, theta, strict=True)
             ]
             adjoint_v = [mu * q for q in adjoint_v]
-        self._restore(replace(start, rng=end.rng, cuda_rng=end.cuda_rng))
+        self._restore(replace(start, rng=rng, cuda_rng=cuda_rng))
         meta_gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in phi]
         for p in (*theta, *phi):
             p.grad = None

@@ -1,0 +1,40 @@
+"""Checkpoints: written whole or not at all, read with care."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2t_fast.errors import L2TError
+
+_FORMAT = "l2t_fast.checkpoint.1"
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Writes tensors, numbers, strings and containers of them; an older file stays until this one is whole."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        torch.save({"format": _FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        L2TError: the file is missing, truncated, or of something else.
+    """
+    if not path.is_file():
+        raise L2TError(f"there is no checkpoint {path}: start the run anew.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling a damaged file may raise
+        raise L2TError(
+            f"checkpoint {path} is damaged or not a checkpoint: remove it and start that part anew."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise L2TError(f"{path} is not a checkpoint of l2t_fast: give one that `l2t-fast train` wrote.")
+    return content

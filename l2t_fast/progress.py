@@ -1,0 +1,128 @@
+"""Live progress in the terminal; a line now and then where the output is no terminal."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
+
+_LINE_EVERY = 5.0  # seconds between two lines where there is no terminal
+
+
+class _Speed(ProgressColumn):
+    """Iterations a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.2f} it/s" if task.speed else "- it/s", style="progress.data.speed")
+
+
+class Display:
+    """The progress bar of a run: one task a training."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[state]}"),
+            _Speed(),
+            TextColumn("·"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+
+class TrainingWatch:
+    """Shows one training (the `Watch` of trainer.py) as one task of a display."""
+
+    def __init__(self, display: Display, title: str, epochs: int, batches: int, stop: "StopSignal") -> None:
+        self._display, self._title, self._epochs, self._batches, self._stop = display, title, epochs, batches, stop
+        self._task = display.bars.add_task(title, total=epochs * batches, state="starting")
+        self._here = 0  # iterations of this process
+        self._left = epochs * batches
+        self._start = self._last_line = perf_counter()
+
+    def resumed(self, epoch: int, iteration: int) -> None:
+        done = epoch * self._batches + iteration
+        self._left -= done
+        self._display.bars.update(self._task, completed=done)
+        self._line(f"goes on from epoch {epoch + 1}, iteration {iteration + 1}")
+
+    def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None:
+        self._here, self._left = self._here + 1, self._left - 1
+        # The loss stays on a GPU: showing it would make the queue wait at every iteration.
+        loss = metrics["loss"]
+        shown = f" · loss {loss.item():.3f}" if loss.device.type == "cpu" else ""
+        self._show(f"epoch {epoch + 1}/{self._epochs}{shown}", advance=1)
+        if perf_counter() - self._last_line > _LINE_EVERY:
+            self._line(f"epoch {epoch + 1}/{self._epochs}{shown}")
+
+    def evaluating(self, part: str) -> None:
+        self._show(f"measuring {part} accuracy")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        text = f"epoch {row['epoch'] + 1}/{self._epochs} · loss {row['loss']:.3f}"
+        if "val_accuracy" in row:
+            text += f" · val {row['val_accuracy']:.1%}"
+        self._show(text)
+        if row["epoch"] + 1 == self._epochs or perf_counter() - self._last_line > _LINE_EVERY:
+            self._line(text)
+
+    def stop_asked(self) -> bool:
+        return self._stop.asked
+
+    def _show(self, state: str, advance: int = 0) -> None:
+        self._display.bars.update(self._task, advance=advance, state=state)
+
+    def _line(self, text: str) -> None:
+        if self._display.console.is_terminal:
+            return
+        now = perf_counter()
+        speed = self._here / (now - self._start)
+        eta = self._left / speed if speed else 0.0
+        self._display.console.print(f"{self._title} · {text} · {speed:.2f} it/s · ETA {eta:.0f} s", highlight=False)
+        self._last_line = now
+
+
+class StopSignal:
+    """Set by the first Ctrl-C (or SIGTERM), so that the training saves before it stops; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self, console: Console) -> Iterator["StopSignal"]:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            console.print("stopping: the iteration under way is finished and saved (Ctrl-C again stops at once)")
+
+        if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+            yield self
+            return
+        old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
