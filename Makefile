@@ -3,13 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types install
+.PHONY: demo test test-oldest lint types install
 
 demo: install
 	$(BIN)/l2t-fast train
 
 test: install
 	$(BIN)/python -m pytest
+
+# The exactness tests once more on the oldest versions that setup.py admits, in an environment of their own.
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/bin/.installed
+	$(OLDEST)/bin/python -m pytest -m core
+
+$(OLDEST)/bin/.installed: setup.py pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 -e ".[dev]"
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

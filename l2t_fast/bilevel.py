@@ -50,7 +50,7 @@ def meta_gradient(
 
     The first step's θ is a constant, so that no Hessian product with respect to it is ever formed.
     """
-    theta, momentum = [p.detach() for p in theta], [v.detach() for v in momentum]
+    theta = {name: p.detach() for name, p in theta.items()}
     a = [a_p.detach().requires_grad_() for a_p in a]
     sweep = _keep_graph if memory == "save" else _recompute
     loss, grads = sweep(steps, outer, theta, momentum, a)
@@ -77,38 +77,42 @@ def _recompute(
         for step in steps:
             starts.append((theta, momentum, _random_state(theta)))
             theta, momentum = step(theta, momentum, a)
-    theta = [p.requires_grad_() for p in theta]
+    theta = _leaves(theta)
     with torch.enable_grad():
         loss = outer(theta)
     end = _random_state(theta)
 
-    u_theta = list(_grad([loss], theta, [torch.ones_like(loss)]))
-    u_momentum: list[Tensor | None] = [None] * len(theta)
+    # u: cotangents of (θ, momentum) where the step ends.
+    u = [*_grad([loss], list(theta.values()), [torch.ones_like(loss)]), *([None] * len(momentum))]
     total: list[Tensor | None] = [None] * len(a)
     for t, (theta, momentum, random) in reversed(list(enumerate(starts))):
-        primal = [p.detach().requires_grad_() for p in (*theta, *momentum)] if t > 0 else [*theta, *momentum]
+        if t > 0:
+            theta, momentum = _leaves(theta), _leaves(momentum)
         _set_random_state(random, theta)
         with torch.enable_grad():
-            new_theta, new_momentum = steps[t](primal[: len(theta)], primal[len(theta) :], a)
-        outputs, cotangents = [*new_theta, *new_momentum], [*u_theta, *u_momentum]
-        v = _grad(outputs, [*a, *(primal if t > 0 else [])], cotangents)
+            ends = steps[t](theta, momentum, a)
+        outputs = [value for end_of in ends for value in end_of.values()]
+        v = _grad(outputs, [*a, *([*theta.values(), *momentum.values()] if t > 0 else [])], u)
         total = [_plus(x, y) for x, y in zip(total, v[: len(a)], strict=True)]
-        if t > 0:
-            u_theta, u_momentum = list(v[len(a) : len(a) + len(theta)]), list(v[len(a) + len(theta) :])
+        u = list(v[len(a) :])
     _set_random_state(end, theta)
     return loss, total
 
 
+def _leaves(tensors: Theta) -> Theta:
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
 def _random_state(theta: Theta) -> list[Tensor]:
     """State of the generators that a forward pass may draw from (dropout), so that a replay draws the same."""
-    device = theta[0].device
+    device = next(iter(theta.values())).device
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _set_random_state(state: list[Tensor], theta: Theta) -> None:
     torch.set_rng_state(state[0])
     if len(state) > 1:
-        torch.cuda.set_rng_state(state[1], theta[0].device)
+        torch.cuda.set_rng_state(state[1], next(iter(theta.values())).device)
 
 
 def _grad(

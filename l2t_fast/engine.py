@@ -1,5 +1,6 @@
 """How an iteration runs."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -69,8 +70,8 @@ class Engine:
             ("beta", beta),
             ("inner_steps", inner_steps),
         ):
-            if value < 0:
-                raise L2TError(f"{name}={value} is negative: give zero or more.")
+            if not value >= 0:  # nor NaN
+                raise L2TError(f"{name}={value} is not to be had: give zero or more.")
         if nesterov and not momentum:
             raise L2TError("nesterov=True needs momentum > 0.")
         if not any(p.requires_grad for p in learner.target.parameters()):
@@ -130,7 +131,10 @@ class Engine:
 
         Arguments and errors as for `step`. There is no real step: `step` takes this gradient after its own.
         """
+        if not self._phi:
+            return {}
         was_training = self.learner.training
+        modes = [(module, module.training) for module in self.learner.modules()]  # the target's owner may have changed
         self.learner.train()
         try:
             pairs, outer = self._check(x, y, val)
@@ -139,6 +143,8 @@ class Engine:
                 _, grads = self._meta_gradient(batches, outer, a)
         finally:
             self.learner.train(was_training)
+            for module, training in modes:
+                module.training = training
         return dict(zip(self._phi, grads, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,6 +170,8 @@ class Engine:
             "buffers": dict(self.learner.target.named_buffers()),
             "phi": {name: p.data for name, p in self._phi.items()},
         }
+        if not isinstance(state, dict) or state.keys() != {*groups, "adam", "lr"}:
+            raise L2TError("this is not the state of an engine: load what `state_dict` gave.")
         for group, tensors in groups.items():
             theirs = state.get(group)
             if not isinstance(theirs, dict) or theirs.keys() != tensors.keys():
@@ -171,18 +179,23 @@ class Engine:
                     f"this state does not fit the learner: its '{group}' has other names; load it where it was made."
                 )
             for name, tensor in tensors.items():
-                if theirs[name].shape != tensor.shape:
+                shape = list(theirs[name].shape) if isinstance(theirs[name], Tensor) else theirs[name]
+                if shape != list(tensor.shape):
                     raise L2TError(
-                        f"this state does not fit the learner: '{name}' is {list(theirs[name].shape)}, "
-                        f"not {list(tensor.shape)}; load it where it was made."
+                        f"this state does not fit the learner: '{name}' is {shape}, not {list(tensor.shape)}; load it "
+                        "where it was made."
                     )
+        if self._adam is not None:
+            try:
+                self._adam.load_state_dict(copy.deepcopy(state["adam"]))  # it would keep the tensors it is given
+            except (KeyError, TypeError, ValueError) as error:
+                raise L2TError("this state does not fit the learner: its 'adam' is of another optimizer.") from error
         for group, tensors in groups.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state[group][name])
-        if self._adam is not None:
-            self._adam.load_state_dict(state["adam"])
         self.lr = state["lr"]
 
+    @torch.enable_grad()
     def _prepare(
         self, pairs: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[list[Batch], tuple[list[Tensor], list[Tensor], list[Tensor]]]:
@@ -192,7 +205,7 @@ class Engine:
             S = self.learner.source_features(x)
             w, lam = self.learner.weights(S)
             a = cotangents(w, lam, self.beta)
-            batches.append(Batch(x, y, S, [a_p.detach() for a_p in a]))
+            batches.append(Batch(x, y, self.learner.resized(S, x), [a_p.detach() for a_p in a]))
             all_w += w
             all_lam += lam
             all_a += a
@@ -201,13 +214,11 @@ class Engine:
     @torch.no_grad()
     def _real_step(self, batch: Batch) -> dict[str, Tensor]:
         """θ <- SGD(θ, ∇(L_org + L_wfm)); the target's buffers are updated here, once."""
-        theta, momentum = list(self._parameters.values()), list(self._momentum.values())
-        result = inner.gradient(
-            self.learner, [p.detach() for p in theta], batch, task=True, matching=True, distances=True
-        )
-        new_theta, new_momentum = inner.sgd_step(theta, momentum, result.theta, self.lr, self._rule)
-        torch._foreach_copy_(theta, new_theta)
-        torch._foreach_copy_(momentum, new_momentum)
+        theta = {name: p.detach() for name, p in self._parameters.items()}
+        result = inner.gradient(self.learner, theta, batch, task=True, matching=True, distances=True)
+        new_theta, new_momentum = inner.sgd_step(theta, self._momentum, result.theta, self.lr, self._rule)
+        torch._foreach_copy_(list(theta.values()), list(new_theta.values()))
+        torch._foreach_copy_(list(self._momentum.values()), list(new_momentum.values()))
         for name, buffer in self.learner.target.named_buffers():
             buffer.copy_(result.buffers[name])
         accuracy = (result.logits.argmax(1) == batch.y).to(result.loss.dtype).mean()
@@ -226,8 +237,8 @@ class Engine:
         loss, grads_a = bilevel.meta_gradient(
             steps,
             lambda theta: inner.task_loss(self.learner, theta, *outer),
-            list(self._parameters.values()),
-            list(self._momentum.values()),
+            self._parameters,
+            self._momentum,
             list(a),
             self.memory,
         )
@@ -246,7 +257,7 @@ class Engine:
         if len(xs) > 1 and self.scheme == "transfer":
             raise L2TError("scheme='transfer' takes one batch at a time: give x and y as tensors.")
         if self.scheme == "simulation":
-            if val is None:
+            if val is None and self._phi:
                 raise L2TError("scheme='simulation' measures L_meta on held-out data: give val=(images, labels).")
             if len(xs) not in (1, self.inner_steps):
                 raise L2TError(
@@ -271,6 +282,8 @@ class Engine:
                 f"the labels must be int64 of shape [{x.shape[0]}] on {x.device}, one an image, "
                 f"not {y.dtype} {list(y.shape)} on {y.device}."
             )
+        if not len(x):
+            raise L2TError("the batch is empty: give images and labels.")
         if x.shape[0] == 1 and self._batch_norm:
             raise L2TError("BatchNorm cannot train on a batch of one: give two images or more.")
         if x.device.type == "cpu" or not self._labels_seen:

@@ -33,6 +33,9 @@ def resolve_pairs(spec: PairSpec, sources: Sequence[Sequence[Shape]], target: Se
         L2TError: unknown rule, index out of range, a pair given twice, no layers of equal resolution.
     """
     if isinstance(spec, str):
+        for role, layers in [*((f"source {s}", layers) for s, layers in enumerate(sources)), ("target", target)]:
+            if not layers:
+                raise L2TError(f"no layer of the {role} is tapped: name at least one, or give pairs=[].")
         if spec == "all-to-all":
             return [
                 Pair(s, m, n)

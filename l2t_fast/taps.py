@@ -1,13 +1,15 @@
 """Features of named layers of any module, by torchvision's feature extractor (torch.fx)."""
 
 import difflib
-from collections import OrderedDict
+import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
 
@@ -39,7 +41,7 @@ def tap(module: nn.Module, layers: Sequence[str], example: Tensor, *, role: str,
     """Taps `layers` of `module`, named as in `named_modules()`.
 
     A layer inside the module may also have torchvision's node name (`layer1.0.relu_1`: the second call of a module
-    that is called twice). `example` [B, C, H, W] tells the features' shapes; one image is enough. With `output` the
+    that is called twice). `example` [B, C, H, W] tells the shape of an image. With `output` the
     whole module's output is returned too and both modes are kept, without it the network is for evaluation.
     `role` ("target", "source 0") names the module in errors.
 
@@ -50,39 +52,30 @@ def tap(module: nn.Module, layers: Sequence[str], example: Tensor, *, role: str,
     """
     if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
         raise L2TError(f"the layers of the {role} must be a list of names, not {layers!r}.")
-    nodes = {training: _resolve(module, layers, training, role, output) for training in (True, False)}
-    was_training = module.training
-    try:
+    keys = tuple(f"tap{i}" for i in range(len(layers)))
+    with _undisturbed(module), torch.no_grad():
+        torch.manual_seed(0)
+        x = torch.randn(2, *example.shape[1:]).to(example)  # two, since BatchNorm cannot train on one image
+        nodes = {training: _resolve(module, layers, training, role, output) for training in (True, False)}
+        was_training = module.training
         network = create_feature_extractor(
             module,
             train_return_nodes=nodes[True],
             eval_return_nodes=nodes[False],
             suppress_diff_warning=True,
         )
-    finally:
-        module.train(was_training)
-    keys = tuple(f"tap{i}" for i in range(len(layers)))
-    x = example[:1].expand(2, *example.shape[1:]).contiguous()  # BatchNorm cannot train on one image
-    with _undisturbed(network), torch.no_grad():
-        _check_same(module, network if output else None, x, role)
-        recorder = _Recorder(network.train(output))
-        outputs = recorder.run(x)
+        for training in (False, True) if output else (False,):
+            outputs = _checked_run(module.train(training), network.train(training), layers, x, role)
         network.train(was_training and output)
     features = [outputs[key] for key in keys]
-    for layer, key, feature in zip(layers, keys, features, strict=True):
+    for layer, feature in zip(layers, features, strict=True):
         if not isinstance(feature, Tensor) or feature.dim() != 4:
             shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
             raise L2TError(
                 f"layer '{layer}' of the {role} gives {shape}, but only features [B, C, H, W] can be matched."
             )
-        if key in recorder.overwritten:
-            raise L2TError(
-                f"layer '{layer}' of the {role} is overwritten in place by '{recorder.overwritten[key]}': tap that one "
-                "instead, or build the network with inplace=False."
-            )
     if output and outputs[_OUTPUT].dim() != 2:
         raise L2TError(f"the {role} returns {list(outputs[_OUTPUT].shape)}, not logits [B, classes]: wrap it to do so.")
-    module.train(was_training)
     shapes = tuple((f.shape[1], f.shape[2], f.shape[3]) for f in features)
     return Taps(network, keys, shapes, outputs[_OUTPUT].shape[1] if output else 0)
 
@@ -91,7 +84,9 @@ class _ModuleTracer(NodePathTracer):  # type: ignore[misc]
     """Notes which graph node each call of each module returned."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=())
+        # As create_feature_extractor does: the names of the nodes depend on it.
+        operators = [c for _, c in inspect.getmembers(torchvision.ops, inspect.isclass) if issubclass(c, nn.Module)]
+        super().__init__(autowrap_modules=(math, torchvision.ops), leaf_modules=operators)
         self.results: dict[str, list[Any]] = {}
 
     def call_module(
@@ -105,7 +100,6 @@ class _ModuleTracer(NodePathTracer):  # type: ignore[misc]
 def _resolve(module: nn.Module, layers: Sequence[str], training: bool, role: str, output: bool) -> dict[str, str]:
     """{name of a graph node: key in the extractor's dictionary}, for one mode of the module."""
     tracer = _ModuleTracer()
-    was_training = module.training
     try:
         graph = tracer.trace(module.train(training))
     except Exception as error:  # whatever a forward pass may raise on a symbolic input
@@ -114,8 +108,6 @@ def _resolve(module: nn.Module, layers: Sequence[str], training: bool, role: str
             f"torch.fx cannot trace the {role} ({type(module).__name__}): {first_line} Rewrite the data-dependent part "
             "of its forward pass, or mark it with torch.fx.wrap."
         ) from error
-    finally:
-        module.train(was_training)
     names: dict[fx.Node, str] = tracer.node_to_qualname
     nodes: dict[str, str] = {}
     if output:
@@ -151,7 +143,10 @@ def _node_of(module: nn.Module, layer: str, tracer: _ModuleTracer, role: str) ->
     if layer in names.values():
         return layer
     if layer in modules:
-        raise L2TError(f"layer '{layer}' of the {role} is never called itself: tap a layer inside it.")
+        raise L2TError(
+            f"layer '{layer}' of the {role} is never called itself, or only inside a module that is not traced: tap a "
+            "layer inside it or around it."
+        )
     near = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3) or modules[:8]
     raise L2TError(f"the {role} has no layer '{layer}'{_listed(': the nearest names are', near)}.")
 
@@ -177,37 +172,67 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         for key, (tensor, version) in self.versions.items():
             if tensor._version > version:
-                self.overwritten.setdefault(key, str(n.target))
+                self.overwritten.setdefault(key, getattr(n.target, "__name__", str(n.target)))
         if n in self.keys and isinstance(result, Tensor):
             self.versions[self.keys[n]] = (result, result._version)
         return result
 
 
-def _check_same(module: nn.Module, network: nn.Module | None, x: Tensor, role: str) -> None:
-    """That the module runs on x and, where a traced `network` is given, that both compute the same output."""
-    was_training = module.training
+def _checked_run(
+    module: nn.Module, network: fx.GraphModule, layers: Sequence[str], x: Tensor, role: str
+) -> dict[str, Any]:
+    """network(x), where it and the module compute the same output and features, and no feature is overwritten."""
+    theirs: dict[str, Any] = {}
+
+    def record(key: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            theirs[key] = output.clone() if isinstance(output, Tensor) else output  # before it may be overwritten
+
+        return hook
+
+    modules = dict(module.named_modules())
+    handles = [
+        modules[layer].register_forward_hook(record(f"tap{i}")) for i, layer in enumerate(layers) if layer in modules
+    ]
+    torch.manual_seed(0)  # both draw the same (dropout)
     try:
-        theirs = module.eval()(x)
+        theirs[_OUTPUT] = module(x)
     except RuntimeError as error:
         raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {str(error).splitlines()[0]}") from error
     finally:
-        module.train(was_training)
-    if network is not None and not torch.equal(network.eval()(x)[_OUTPUT], theirs):
-        raise L2TError(
-            f"the {role} ({type(module).__name__}) computes something else once torch.fx has traced it: use the result "
-            "of every in-place operation of its forward pass, and no condition on values."
-        )
+        for handle in handles:
+            handle.remove()
+    torch.manual_seed(0)
+    recorder = _Recorder(network)
+    outputs: dict[str, Any] = recorder.run(x)
+    for i, layer in enumerate(layers):
+        if f"tap{i}" in recorder.overwritten:
+            raise L2TError(
+                f"layer '{layer}' of the {role} is overwritten in place by '{recorder.overwritten[f'tap{i}']}': tap "
+                "that one instead, or build the network with inplace=False."
+            )
+    for key in outputs.keys() & theirs.keys():
+        # On a GPU two runs may differ in the last bits.
+        if isinstance(theirs[key], Tensor) and (outputs[key] - theirs[key]).norm() > 1e-3 * theirs[key].norm():
+            raise L2TError(
+                f"the {role} ({type(module).__name__}) computes something else once torch.fx has traced it: use the "
+                "result of every in-place operation of its forward pass, and no condition on values."
+            )
+    return outputs
 
 
 @contextmanager
-def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """Puts buffers and the random state back to where they were."""
-    buffers = OrderedDict((name, buffer.clone()) for name, buffer in network.named_buffers())
-    devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Puts buffers, modes and the random state back to where they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    modes = [(m, m.training) for m in module.modules()]
+    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        for m, training in modes:
+            m.training = training
         with torch.no_grad():
-            for name, buffer in network.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, value in buffers:
+                buffer.copy_(value)

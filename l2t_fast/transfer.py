@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2t_fast.errors import L2TError
-from l2t_fast.kernels import ops
+from l2t_fast.kernels import ops, torch_impl
+from l2t_fast.kernels.layers import replace_layers
 from l2t_fast.pairs import Pair, PairSpec, resolve_pairs
 from l2t_fast.taps import tap
 
@@ -87,6 +88,7 @@ class L2T(nn.Module):
         self._source_taps = source_taps
         self.sources = nn.ModuleList(taps.network for taps in source_taps).requires_grad_(False)
         self.target = self._target_taps.network
+        replace_layers(self.target)
         self.source_layers = layers
         self.target_layers = list(target_layers)
         self.classes = self._target_taps.classes
@@ -98,6 +100,10 @@ class L2T(nn.Module):
         self._used_targets = sorted({pair.n for pair in self.pairs})
         self.source_of = [self._used_sources.index((pair.source, pair.m)) for pair in self.pairs]
         self.target_of = [self._used_targets.index(pair.n) for pair in self.pairs]
+        sizes = [self._target_taps.shapes[pair.n][1:] for pair in self.pairs]
+        self._resizes = sorted(set(zip(self.source_of, sizes, strict=True)))
+        self.resized_of = [self._resizes.index(resized) for resized in zip(self.source_of, sizes, strict=True)]
+        self._image_shape = example.shape[1:]
 
         self.projections = nn.ModuleList()
         self.what = nn.ModuleList()
@@ -130,6 +136,14 @@ class L2T(nn.Module):
                 for s, (taps, network) in enumerate(zip(self._source_taps, self.sources, strict=True))
             ]
         return [features[s][m] for s, m in self._used_sources]
+
+    def resized(self, S: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        """R(S): the features [B, C_s, H, W] at every resolution that a paired target layer has; pair p has
+        `resized_of[p]`. Once an iteration is cheaper than in every operator; for images of another size than the
+        example's the operators do it.
+        """
+        usual = x.shape[1:] == self._image_shape
+        return [torch_impl.resize(S[m], size) if usual else S[m] for m, size in self._resizes]
 
     def target_outputs(self, x: Tensor, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """(logits [B, classes], T: a feature [B, C_t, H, W] of each target layer that some pair uses).

@@ -103,7 +103,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.Cap
         capsys, *runs, "--target-layers", "features.3x"
     )
     assert "nearest names are vgg9_bn" in refused(capsys, *runs, "--target", "vgg9bn")
-    assert "inner_steps=-1 is negative" in refused(capsys, *runs, "--inner-steps", "-1")
+    assert "inner_steps=-1 is not to be had" in refused(capsys, *runs, "--inner-steps", "-1")
     assert "has no weights: give --source-weights" in refused(capsys, *runs, "--classes", "1", "2")
     if not torch.cuda.is_available():
         assert "there is no GPU" in refused(capsys, *runs, "--device", "cuda")

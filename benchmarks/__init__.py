@@ -1,0 +1,1 @@
+"""Measurements: every time stands beside a reference in the same run, and behind a check of exactness."""
