@@ -87,7 +87,7 @@ class _Trainings:
         classes = self.config.source.source_classes or ()
         seed = (self.config.seeds or (0,))[0]
         data = load_data(dataclasses.replace(self.config.data, classes=classes, per_class=None), seed)
-        source.to(self.device)
+        source.to(self.device).requires_grad_()  # the learners that checked the settings have frozen it
         learner = _plain_learner(source, data, self.device)
         title = f"source, classes {' '.join(map(str, classes))}"
         self._fit(folder, title, seed, self.config.source.source_epochs, source, learner, data)

@@ -50,6 +50,7 @@ def test_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "l2t-ww" in capsys.readouterr().out
     for picture in ("curves.png", "l2t-ww/seed-0/pair_weights.png", "l2t-ww/seed-1/channel_weights.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert "target.conv1.weight" in load_checkpoint(run / "source/last.pt")["engine"]["theta"]  # all of it was trained
     rows = read_metrics(run / "l2t-ww/seed-0/metrics.jsonl")
     assert len(rows[0]["pair_weights"]) == 15
     assert {"loss", "accuracy", "matching_loss", "meta_loss", "lr"} <= rows[0].keys()
