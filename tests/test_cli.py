@@ -124,7 +124,7 @@ def test_resume_refuses_other_settings(tmp_path: Path, capsys: pytest.CaptureFix
     save_config(config, tmp_path / "run/config.json")
     assert load_config(tmp_path / "run/config.json") == config
     error = refused(capsys, "--runs", str(tmp_path), "--name", "run", "--resume", "--lr", "0.3")
-    assert "started with --lr 0.1, not 0.3" in error
+    assert "started with --lr 0.03, not 0.3" in error
 
 
 @pytest.mark.skipif(not (SHARED / "data/FashionMNIST").exists(), reason="Fashion-MNIST is not there")
