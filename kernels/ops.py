@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from l2t_fast.kernels import torch_impl
 
@@ -184,6 +185,33 @@ def _gradient_backward(ctx: Any, u_E: list[Tensor], *u: list[Tensor]) -> tuple[A
 
 matching_distances.register_autograd(_distances_backward, setup_context=_save)
 matching_gradient.register_autograd(_gradient_backward, setup_context=_save)
+
+
+def _unit(targets: Sequence[Tensor], weights: Sequence[Tensor], target_of: Sequence[int]) -> int:
+    """FLOPs of one product r T for all pairs."""
+    areas = [t.shape[0] * t.shape[2] * t.shape[3] for t in targets]
+    return sum(2 * w.numel() * areas[n] for w, n in zip(weights, target_of, strict=True))
+
+
+# For torch.utils.flop_counter, which does not look inside an operator.
+
+
+@register_flop_formula(torch.ops.l2t.matching_distances, get_raw=True)
+def _(targets: Any, sources: Any, weights: Any, biases: Any, source_of: Any, target_of: Any, **_: Any) -> int:
+    return _unit(targets, weights, target_of)
+
+
+@register_flop_formula(torch.ops.l2t.matching_gradient, get_raw=True)
+def _(
+    targets: Any, sources: Any, weights: Any, biases: Any, a: Any, source_of: Any, target_of: Any, *_: Any, **__: Any
+) -> int:
+    return 3 * _unit(targets, weights, target_of)
+
+
+@register_flop_formula(torch.ops.l2t.matching_adjoint, get_raw=True)
+def _(targets: Any, sources: Any, weights: Any, *rest: Any, **_: Any) -> int:
+    target_of, primal = rest[-2:]
+    return (7 if primal else 3) * _unit(targets, weights, target_of)
 
 
 def _like_primal(

@@ -549,8 +549,10 @@ def test_without_meta_parameters_there_is_no_meta_gradient(options: dict[str, An
     assert "meta_loss" not in engine.step(x, y)
     counted = flops(lambda: engine.step(x, y))
     target = flops(lambda: F.cross_entropy(engine.learner.target_outputs(x)[0], y).backward())
-    sources = flops(lambda: engine.learner.source_features(x)) if engine.learner.pairs else 0
-    assert counted == target + sources  # nothing is simulated
+    learner = engine.learner
+    sources = flops(lambda: learner.source_features(x)) if learner.pairs else 0
+    product = flops(lambda: learner.matching_loss(x)) - flops(lambda: learner.target_outputs(x)) - sources  # r T
+    assert counted == target + sources + 3 * product  # nothing is simulated
 
 
 @pytest.mark.parametrize("scheme", ["transfer", "simulation"])

@@ -1,9 +1,13 @@
 """The matching operators against plain autograd, finite differences and PyTorch's own operator checks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from l2t_fast.kernels import ops
 
@@ -153,3 +157,20 @@ def test_third_order_is_refused(case: tuple) -> None:
     (v_a,) = torch.autograd.grad(g_T.sum(), rest[3][0], create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         torch.autograd.grad(v_a.sum(), rest[1][0])
+
+
+def test_flop_counts() -> None:
+    """In units of the product r T: 1, 3, and 7 or (v_a alone) 3."""
+    T, S = [torch.randn(2, 5, 4, 4)], [torch.randn(2, 3, 4, 4)]
+    r, bias, a = [torch.randn(3, 5, 1, 1)], [torch.randn(3)], [torch.rand(2, 3)]
+    unit = 2 * 2 * 3 * 5 * 16
+
+    def count(operator: Callable[..., Any], *arguments: Any) -> float:
+        with FlopCounterMode(display=False) as counter:
+            operator(*arguments)
+        return counter.get_total_flops() / unit
+
+    assert count(ops.matching_distances, T, S, r, bias, [0], [0]) == 1
+    assert count(ops.matching_gradient, T, S, r, bias, a, [0], [0], True) == 3
+    assert count(ops.matching_adjoint, T, S, r, bias, a, T, r, bias, [0], [0], True) == 7
+    assert count(ops.matching_adjoint, T, S, r, bias, a, T, r, bias, [0], [0], False) == 3
