@@ -134,10 +134,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """`config` with what it leaves out filled in for its data set."""
-    defaults = _DEFAULTS.get(config.data.dataset, _SMALL)
-    if config.data.classes is not None and config.source.source_classes is None:
-        defaults = {key: value for key, value in defaults.items() if key != "source_classes"}
+    """`config` with what it leaves out filled in for its data set.
+
+    Raises:
+        L2TError: a number out of range, a method or seed given twice.
+    """
+    defaults = dict(_DEFAULTS.get(config.data.dataset, _SMALL))
+    # Some defaults belong to another: the classes of the source to those of the target, a width to its network.
+    if config.data.classes is not None:
+        defaults.pop("source_classes", None)
+    if config.source.source is not None:
+        defaults["source_width"] = 1.0
+    if config.target.target is not None:
+        defaults["target_width"] = 1.0
 
     def fill(part: Any) -> Any:
         values = {
@@ -149,6 +158,17 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
     parts = {name: fill(getattr(config, name)) for name in ("data", "source", "target", "optim")}
     filled: TrainConfig = dataclasses.replace(fill(config), **parts)
+    for name, value, least in (
+        ("epochs", filled.optim.epochs, 1),
+        ("source-epochs", filled.source.source_epochs, 1),
+        ("batch-size", filled.optim.batch_size, 1),
+        *(("seeds", seed, 0) for seed in filled.seeds or ()),
+    ):
+        if value is None or value < least:
+            raise L2TError(f"--{name} {value} is too small: give at least {least}.")
+    for name, values in (("method", filled.method or ()), ("seeds", filled.seeds or ())):
+        if not values or len(set(values)) < len(values):
+            raise L2TError(f"--{name} {' '.join(map(str, values))}: give at least one, and each once.")
     return filled
 
 

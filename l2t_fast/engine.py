@@ -36,6 +36,9 @@ class Engine:
         memory: "save" keeps the activations of all simulated steps; "recompute" holds those of one step at a time,
             whatever T is, for one more forward and backward pass a step.
 
+    Attributes:
+        lr: see above. smallest_batch: 2 with BatchNorm in the target, else 1. needs_val: whether `step` needs `val`.
+
     Raises:
         L2TError: a setting out of range, or a target without a trainable parameter.
     """
@@ -93,7 +96,8 @@ class Engine:
             torch.optim.Adam(self._phi.values(), lr=meta_lr, weight_decay=meta_weight_decay) if self._phi else None
         )
         self._labels_seen = False
-        self._batch_norm = any(isinstance(m, _BATCH_NORMS) for m in learner.target.modules())
+        self.needs_val = scheme == "simulation" and bool(self._phi)
+        self.smallest_batch = 2 if any(isinstance(m, _BATCH_NORMS) for m in learner.target.modules()) else 1
 
     def step(self, x: Images, y: Images, val: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """One iteration: the real step of θ, the simulated steps from there, Adam on φ.
@@ -284,7 +288,7 @@ class Engine:
             )
         if not len(x):
             raise L2TError("the batch is empty: give images and labels.")
-        if x.shape[0] == 1 and self._batch_norm:
+        if x.shape[0] < self.smallest_batch:
             raise L2TError("BatchNorm cannot train on a batch of one: give two images or more.")
         if x.device.type == "cpu" or not self._labels_seen:
             low, high = y.min().item(), y.max().item()

@@ -44,15 +44,16 @@ def run(config: TrainConfig, console: Console) -> Path:
         L2TError: bad settings, missing data, a folder that exists already, a training that diverged.
     """
     folder, config = _open(config)
-    if not config.seeds or not config.method:
-        raise L2TError("there is nothing to train: give at least one --method and one --seeds.")
+    seeds, methods = config.seeds or (), config.method or ()
     # Everything that can be wrong with the settings is found before the folder is made.
-    data = load_data(config.data, config.seeds[0])
+    data = load_data(config.data, seeds[0])
     device = _device(config.device)
     source = _build_source(config)
-    for name in config.method:
-        _, learner = _learner(config, name, config.seeds[0], source, data, device)
-        _engine(config, learner)
+    if source is not None and config.source.source_weights is None:
+        _source_data(config)
+    for name in methods:
+        _, learner = _learner(config, name, seeds[0], source, data, device)
+        _check_data(_engine(config, learner), config, data)
         console.print(_describe(config, name, data, learner, device), highlight=False)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.json")
@@ -62,9 +63,9 @@ def run(config: TrainConfig, console: Console) -> Path:
         trainings = _Trainings(config, source, device, display, stop)
         if source is not None and config.source.source_weights is None:
             trainings.of_source(folder / "source", source)
-        for seed in config.seeds:
+        for seed in seeds:
             data = load_data(config.data, seed)
-            for name in config.method:
+            for name in methods:
                 cell = folder / name / f"seed-{seed}"
                 if not (cell / "result.json").exists():
                     trainings.of_cell(cell, name, seed, data)
@@ -86,7 +87,7 @@ class _Trainings:
         """Trains the source, in place, on its classes of the data set."""
         classes = self.config.source.source_classes or ()
         seed = (self.config.seeds or (0,))[0]
-        data = load_data(dataclasses.replace(self.config.data, classes=classes, per_class=None), seed)
+        data = _source_data(self.config)
         source.to(self.device).requires_grad_()  # the learners that checked the settings have frozen it
         learner = _plain_learner(source, data, self.device)
         title = f"source, classes {' '.join(map(str, classes))}"
@@ -109,6 +110,17 @@ class _Trainings:
         watch = TrainingWatch(self.display, title, epochs, data.train.num_batches(optim.batch_size), self.stop)
         schedule = Schedule(epochs, optim.batch_size, optim.lr, seed)
         fit(folder, _engine(self.config, learner), network, dataclasses.replace(data, **parts), schedule, watch)
+
+
+def _check_data(engine: Engine, config: TrainConfig, data: Data) -> None:
+    batch_size = config.optim.batch_size or 0
+    if min(batch_size, len(data.train)) < engine.smallest_batch:
+        raise L2TError(
+            f"batches of {min(batch_size, len(data.train))} are too small: BatchNorm needs {engine.smallest_batch} "
+            "images or more."
+        )
+    if engine.needs_val and data.val.num_batches(batch_size) == 0:
+        raise L2TError("--scheme simulation measures L_meta on validation images, but there are none: hold some out.")
 
 
 def _device(wanted: str) -> torch.device:
@@ -178,6 +190,12 @@ def _build_source(config: TrainConfig) -> nn.Module | None:
         )
     torch.manual_seed((config.seeds or (0,))[0])
     return build_model(part.source, len(part.source_classes), part.source_width)
+
+
+def _source_data(config: TrainConfig) -> Data:
+    """The classes that the source is trained on, all their images."""
+    part = dataclasses.replace(config.data, classes=config.source.source_classes, per_class=None)
+    return load_data(part, (config.seeds or (0,))[0])
 
 
 def _learner(

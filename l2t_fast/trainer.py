@@ -177,7 +177,7 @@ def _inputs(
             yield from images.batches(schedule.batch_size, seed=schedule.seed, epoch=later)
 
     batches = data.train.num_batches(schedule.batch_size)
-    if engine.scheme == "transfer":
+    if not engine.needs_val:
         remaining = data.train.batches(
             schedule.batch_size, seed=schedule.seed, epoch=state.epoch, start=state.iteration
         )
@@ -185,8 +185,6 @@ def _inputs(
         return
     # "simulation": the real step on a batch, T simulated ones on it and those that follow, L_meta on held-out images.
     held_out = data.val.num_batches(schedule.batch_size)
-    if held_out == 0:
-        raise L2TError("scheme 'simulation' measures L_meta on validation images, but there are none: hold some out.")
     train = stream(data.train, state.epoch, state.iteration)
     val = stream(data.val, *divmod(state.epoch * batches + state.iteration, held_out))
     window: deque[tuple[Tensor, Tensor]] = deque(maxlen=max(1, engine.inner_steps))

@@ -105,6 +105,12 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.Cap
     )
     assert "nearest names are vgg9_bn" in refused(capsys, *runs, "--target", "vgg9bn")
     assert "inner_steps=-1 is not to be had" in refused(capsys, *runs, "--inner-steps", "-1")
+    assert "--epochs 0 is too small: give at least 1" in refused(capsys, *runs, "--epochs", "0")
+    assert "--seeds 0 0: give at least one, and each once" in refused(capsys, *runs, "--seeds", "0", "0")
+    assert "batches of 1 are too small: BatchNorm needs 2" in refused(capsys, *runs, "--batch-size", "1")
+    assert "digits has classes 0 to 9" in refused(capsys, *runs, "--source-classes", "0", "12")
+    assert "there are none: hold some out" in refused(capsys, *runs, "--scheme", "simulation", "--val-fraction", "0")
+    assert "not a checkpoint that PyTorch can read" in refused(capsys, *runs, "--source-weights", __file__)
     assert "has no weights: give --source-weights" in refused(capsys, *runs, "--classes", "1", "2")
     if not torch.cuda.is_available():
         assert "there is no GPU" in refused(capsys, *runs, "--device", "cuda")
