@@ -1,8 +1,10 @@
 """Checkpoints: written whole or not at all, read with care."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -13,9 +15,21 @@ _FORMAT = "l2t_fast.checkpoint.1"
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes tensors, numbers, strings and containers of them; an older file stays until this one is whole."""
+    with _whole(path) as file:
+        torch.save({"format": _FORMAT, **content}, file)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes `text`, whole or not at all."""
+    with _whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        torch.save({"format": _FORMAT, **content}, file)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

@@ -27,12 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         tyro.extras.subcommand_cli_from_dict({"train": train}, prog="l2t-fast", args=arguments)
     except L2TError as error:
-        Console(stderr=True).print(f"l2t-fast: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(f"l2t-fast: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except Interrupted:
         Console(stderr=True).print(
             "stopped and saved: `l2t-fast train --resume` with the same --name goes on", highlight=False
         )
+        sys.exit(130)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped at once: what was saved before is there", highlight=False)
         sys.exit(130)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from l2t_fast.bilevel import Memory, Scheme
+from l2t_fast.checkpoint import save_text
 from l2t_fast.data import DataConfig
 from l2t_fast.engine import Mode
 from l2t_fast.errors import L2TError
@@ -137,8 +138,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """`config` with what it leaves out filled in for its data set.
 
     Raises:
-        L2TError: a number out of range, a method or seed given twice.
+        L2TError: a number out of range, a method or seed given twice, settings that exclude each other.
     """
+    source = config.source
+    if source.source_weights is not None and (source.source_classes or source.source_epochs):
+        raise L2TError("a source with --source-weights is not trained: leave out --source-classes and --source-epochs.")
     defaults = dict(_DEFAULTS.get(config.data.dataset, _SMALL))
     # Some defaults belong to another: the classes of the source to those of the target, a width to its network.
     if config.data.classes is not None:
@@ -174,7 +178,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes `config` as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    save_text(path, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
 
 
 def load_config(path: Path) -> TrainConfig:

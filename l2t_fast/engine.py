@@ -23,6 +23,9 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 class Engine:
     """Runs the iterations of L2T-ww (paper, algorithm 1) on a learner, exactly.
 
+    The target is in training mode throughout: BatchNorm always uses batch statistics, also where its parameters are
+    frozen, and the running statistics follow.
+
     Args:
         learner: an `L2T`; its target and projections (θ) and its meta-networks (φ) are trained in place.
         lr, momentum, weight_decay, nesterov: the SGD of θ, in the real and in the simulated steps alike; it reaches
@@ -40,7 +43,8 @@ class Engine:
         lr: see above. smallest_batch: 2 with BatchNorm in the target, else 1. needs_val: whether `step` needs `val`.
 
     Raises:
-        L2TError: a setting out of range, or a target without a trainable parameter.
+        L2TError: a setting out of range, a target without a trainable parameter or with a Hardsigmoid (PyTorch has no
+            second derivative of it).
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class Engine:
         ):
             if not value >= 0:  # nor NaN
                 raise L2TError(f"{name}={value} is not to be had: give zero or more.")
+        if not isinstance(inner_steps, int):
+            raise L2TError(f"inner_steps={inner_steps} is not to be had: give a whole number.")
         if nesterov and not momentum:
             raise L2TError("nesterov=True needs momentum > 0.")
         if not any(p.requires_grad for p in learner.target.parameters()):
@@ -96,6 +102,12 @@ class Engine:
             torch.optim.Adam(self._phi.values(), lr=meta_lr, weight_decay=meta_weight_decay) if self._phi else None
         )
         self._labels_seen = False
+        for name, module in learner.target.named_modules():
+            if self._phi and isinstance(module, nn.Hardsigmoid):
+                raise L2TError(
+                    f"'{name}' of the target is a Hardsigmoid, which PyTorch cannot differentiate twice: replace it, "
+                    "for example by relu6(x + 3) / 6."
+                )
         self.needs_val = scheme == "simulation" and bool(self._phi)
         self.smallest_batch = 2 if any(isinstance(m, _BATCH_NORMS) for m in learner.target.modules()) else 1
 
@@ -152,7 +164,10 @@ class Engine:
         return dict(zip(self._phi, grads, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `step` changes, and the learning rate: tensors, numbers and dictionaries only."""
+        """Everything that `step` changes, and the learning rate: tensors, numbers and dictionaries only.
+
+        The tensors are the engine's own, as in torch: copy them to keep them over the next step.
+        """
         return {
             "theta": {name: p.detach() for name, p in self._parameters.items()},
             "momentum": dict(self._momentum),
@@ -189,10 +204,13 @@ class Engine:
                         f"this state does not fit the learner: '{name}' is {shape}, not {list(tensor.shape)}; load it "
                         "where it was made."
                     )
+        if not isinstance(state["lr"], (int, float)):
+            raise L2TError(f"this state is not that of an engine: its learning rate is {state['lr']!r}.")
         if self._adam is not None:
+            _check_adam(state["adam"], list(self._phi.values()))
             try:
                 self._adam.load_state_dict(copy.deepcopy(state["adam"]))  # it would keep the tensors it is given
-            except (KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise L2TError("this state does not fit the learner: its 'adam' is of another optimizer.") from error
         for group, tensors in groups.items():
             for name, tensor in tensors.items():
@@ -276,6 +294,8 @@ class Engine:
 
     def _check_batch(self, x: Tensor, y: Tensor) -> None:
         parameter = next(iter(self._parameters.values()))
+        if x.dim() != 4:
+            raise L2TError(f"the images must be [B, C, H, W], not {list(x.shape)}.")
         if x.device != parameter.device or x.dtype != parameter.dtype:
             raise L2TError(
                 f"the images are {x.dtype} on {x.device}, the target is {parameter.dtype} on {parameter.device}: "
@@ -296,6 +316,14 @@ class Engine:
                 raise L2TError(
                     f"the labels go from {low} to {high}, but the target has classes 0 to {self.learner.classes - 1}."
                 )
+
+
+def _check_adam(state: Any, phi: Sequence[Tensor]) -> None:
+    """The moments belong to φ, or there are none yet."""
+    moments = state.get("state", {}) if isinstance(state, dict) else {}
+    for i, moment in moments.items():
+        if not i < len(phi) or any(moment[name].shape != phi[i].shape for name in ("exp_avg", "exp_avg_sq")):
+            raise L2TError("this state does not fit the learner: its 'adam' is of other meta-networks.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -23,8 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from l2t_fast import plots
+from l2t_fast.checkpoint import save_text
 from l2t_fast.config import TrainConfig, load_config, resolve, save_config
-from l2t_fast.data import Data, load_data
+from l2t_fast.data import Data, DataConfig, load_data
 from l2t_fast.engine import Engine
 from l2t_fast.errors import L2TError
 from l2t_fast.methods import find_method
@@ -54,10 +55,10 @@ def run(config: TrainConfig, console: Console) -> Path:
     for name in methods:
         _, learner = _learner(config, name, seeds[0], source, data, device)
         _check_data(_engine(config, learner), config, data)
-        console.print(_describe(config, name, data, learner, device), highlight=False)
+        console.print(_describe(config, name, data, learner, device), highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.json")
-    console.print(f"folder of the run: [bold]{folder}[/]", highlight=False)
+    console.print(f"folder of the run: [bold]{folder}[/]", highlight=False, soft_wrap=True)
 
     with Display(console) as display, StopSignal().listening(console) as stop:
         trainings = _Trainings(config, source, device, display, stop)
@@ -96,12 +97,13 @@ class _Trainings:
     def of_cell(self, folder: Path, name: str, seed: int, data: Data) -> None:
         """Trains one method with one seed, and draws what it learned."""
         target, learner = _learner(self.config, name, seed, self.source, data, self.device)
-        self._fit(folder, f"{name}, seed {seed}", seed, self.config.optim.epochs, target, learner, data)
+        result = self._fit(folder, f"{name}, seed {seed}", seed, self.config.optim.epochs, target, learner, data)
         _draw_weights(folder, learner, data, f"{name}, {self.config.data.dataset}, seed {seed}")
+        save_text(folder / "result.json", json.dumps(result, indent=2) + "\n")  # last: the cell is done
 
     def _fit(
         self, folder: Path, title: str, seed: int, epochs: int | None, network: nn.Module, learner: L2T, data: Data
-    ) -> None:
+    ) -> dict[str, Any]:
         optim = self.config.optim
         assert epochs is not None
         assert optim.lr is not None
@@ -109,7 +111,10 @@ class _Trainings:
         parts = {part: getattr(data, part).to(self.device) for part in ("train", "val", "test")}
         watch = TrainingWatch(self.display, title, epochs, data.train.num_batches(optim.batch_size), self.stop)
         schedule = Schedule(epochs, optim.batch_size, optim.lr, seed)
-        fit(folder, _engine(self.config, learner), network, dataclasses.replace(data, **parts), schedule, watch)
+        engine = _engine(self.config, learner)
+        result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch)
+        watch.done(result["test_accuracy_last"])
+        return result
 
 
 def _check_data(engine: Engine, config: TrainConfig, data: Data) -> None:
@@ -150,7 +155,16 @@ def _open(config: TrainConfig) -> tuple[Path, TrainConfig]:
             raise L2TError(f"there is no run folder {folder} to resume: start it without --resume.")
     saved = load_config(folder / "config.json")
     _check_same(config, saved, TrainConfig())
-    return folder, saved
+    # Where the data lie and what computes may have changed since.
+    data = dataclasses.replace(saved.data, **_given(config.data, DataConfig(), ("data_root", "workers")))
+    return folder, dataclasses.replace(saved, data=data, **_given(config, TrainConfig(), ("device",)))
+
+
+_ELSEWHERE = ("name", "runs", "resume", "device", "data_root", "workers", "download")
+
+
+def _given(config: Any, usual: Any, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
 
 
 def _check_same(given: Any, saved: Any, default: Any) -> None:
@@ -159,7 +173,7 @@ def _check_same(given: Any, saved: Any, default: Any) -> None:
         ours, theirs, usual = getattr(given, f.name), getattr(saved, f.name), getattr(default, f.name)
         if dataclasses.is_dataclass(ours):
             _check_same(ours, theirs, usual)
-        elif f.name not in ("name", "runs", "resume") and ours != usual and ours != theirs:
+        elif f.name not in _ELSEWHERE and ours != usual and ours != theirs:
             flag = f.name.replace("_", "-")
             raise L2TError(f"the run was started with --{flag} {theirs}, not {ours}: resume it without --{flag}.")
 
@@ -194,7 +208,7 @@ def _build_source(config: TrainConfig) -> nn.Module | None:
 
 def _source_data(config: TrainConfig) -> Data:
     """The classes that the source is trained on, all their images."""
-    part = dataclasses.replace(config.data, classes=config.source.source_classes, per_class=None)
+    part = dataclasses.replace(config.data, classes=config.source.source_classes, per_class=None, split=None)
     return load_data(part, (config.seeds or (0,))[0])
 
 
@@ -315,7 +329,7 @@ def report(folder: Path, config: TrainConfig, console: Console) -> None:
     (folder / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in markdown))
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *lines])
-    console.print(f"table, curves and pictures are in {folder}", highlight=False)
+    console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True)
 
 
 def _mean_std(values: Sequence[float]) -> str:

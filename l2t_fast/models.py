@@ -133,7 +133,7 @@ def default_layers(name: str, model: nn.Module) -> list[str]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, on the CPU: bare, or under `state_dict` or `model`.
+    """The state dict in a checkpoint file, on the CPU: bare, or under `state_dict`, `model` or `weights` (best.pt).
 
     Raises L2TError when the file is missing, truncated, or no checkpoint of tensors.
     """
@@ -146,7 +146,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{path} is not a checkpoint that PyTorch can read (truncated, or of another kind); get it again."
         ) from error
     if isinstance(content, Mapping):
-        for state in (content.get("state_dict"), content.get("model"), content):
+        for state in (content.get("state_dict"), content.get("model"), content.get("weights"), content):
             if isinstance(state, Mapping) and state and all(isinstance(v, Tensor) for v in state.values()):
                 return {str(key): value for key, value in state.items()}
     raise L2TError(f"{path} holds no weights; give a state dict of tensors, bare or under 'state_dict' or 'model'.")

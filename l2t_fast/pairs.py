@@ -49,6 +49,10 @@ def resolve_pairs(spec: PairSpec, sources: Sequence[Sequence[Shape]], target: Se
             return [Pair(s, len(source) - 1, len(target) - 1) for s, source in enumerate(sources)]
         raise L2TError(f"pairs='{spec}' is unknown: use 'all-to-all', 'one-to-one', 'single' or a list of (m, n).")
 
+    if not isinstance(spec, Sequence) or not all(
+        isinstance(entry, Sequence) and all(isinstance(index, int) for index in entry) for entry in spec
+    ):
+        raise L2TError(f"pairs={spec!r} is not to be had: use a rule or a list of (m, n) or (source, m, n), all whole.")
     pairs: list[Pair] = []
     for entry in spec:
         if len(entry) == 3:

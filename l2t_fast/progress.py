@@ -1,5 +1,6 @@
 """Live progress in the terminal; a line now and then where the output is no terminal."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -65,7 +66,8 @@ class TrainingWatch:
         done = epoch * self._batches + iteration
         self._left -= done
         self._display.bars.update(self._task, completed=done)
-        self._line(f"goes on from epoch {epoch + 1}, iteration {iteration + 1}")
+        if self._left:
+            self._line(f"goes on from epoch {epoch + 1}, iteration {iteration + 1}")
 
     def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None:
         self._here, self._left = self._here + 1, self._left - 1
@@ -87,6 +89,10 @@ class TrainingWatch:
         if row["epoch"] + 1 == self._epochs or perf_counter() - self._last_line > _LINE_EVERY:
             self._line(text)
 
+    def done(self, accuracy: float) -> None:
+        """The training is over."""
+        self._show(f"done · test {accuracy:.1%}")
+
     def stop_asked(self) -> bool:
         return self._stop.asked
 
@@ -99,7 +105,9 @@ class TrainingWatch:
         now = perf_counter()
         speed = self._here / (now - self._start)
         eta = self._left / speed if speed else 0.0
-        self._display.console.print(f"{self._title} · {text} · {speed:.2f} it/s · ETA {eta:.0f} s", highlight=False)
+        self._display.console.print(
+            f"{self._title} · {text} · {speed:.2f} it/s · ETA {eta:.0f} s", highlight=False, soft_wrap=True
+        )
         self._last_line = now
 
 
@@ -111,7 +119,11 @@ class StopSignal:
 
     @contextmanager
     def listening(self, console: Console) -> Iterator["StopSignal"]:
+        process = os.getpid()
+
         def on_signal(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != process:  # a worker that reads images, which the main process will end
+                return
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True

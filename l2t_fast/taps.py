@@ -112,7 +112,7 @@ def _resolve(module: nn.Module, layers: Sequence[str], training: bool, role: str
     nodes: dict[str, str] = {}
     if output:
         (result,) = (node.args[0] for node in graph.nodes if node.op == "output")
-        if not isinstance(result, fx.Node):
+        if not isinstance(result, fx.Node) or result not in names:  # a named tuple has a node, but no name
             raise L2TError(f"the {role} returns {type(result).__name__}, not one tensor of logits: wrap it to do so.")
         nodes[names[result]] = _OUTPUT
     for i, layer in enumerate(layers):
@@ -197,8 +197,9 @@ def _checked_run(
     torch.manual_seed(0)  # both draw the same (dropout)
     try:
         theirs[_OUTPUT] = module(x)
-    except RuntimeError as error:
-        raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a network may raise
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {first_line}") from error
     finally:
         for handle in handles:
             handle.remove()

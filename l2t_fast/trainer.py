@@ -75,13 +75,12 @@ def fit(
     """Trains `engine`, whose learner's target is `network`, and returns accuracies on the test set.
 
     Goes on from folder/last.pt where there is one, bit by bit as if it had never stopped. Writes metrics.jsonl (a
-    line an iteration, a line an epoch), last.pt after each epoch and when stopped, best.pt when validation improves,
-    and result.json at the end.
+    line an iteration, a line an epoch), last.pt after each epoch and when stopped, best.pt when validation improves.
 
     Raises:
         Interrupted: `watch.stop_asked()`; all is saved.
-        L2TError: a loss or a parameter is not finite (says where; the last good checkpoint stays), a damaged or
-            foreign checkpoint, too few images for a batch.
+        L2TError: a loss, a parameter or a buffer is not finite (says where; the last good checkpoint stays), a
+            damaged or foreign checkpoint, too few images for a batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batches = data.train.num_batches(schedule.batch_size)
@@ -94,7 +93,7 @@ def fit(
     log = _Log(folder / "metrics.jsonl", engine, state, last)
 
     def save() -> None:
-        _check_parameters(engine, state, last)
+        _check_state(engine, state, last)
         save_checkpoint(last, {"engine": engine.state_dict(), "random": _random_state(), "state": vars(state)})
 
     start = perf_counter() - state.seconds
@@ -114,20 +113,19 @@ def fit(
                 watch.evaluating("validation")
                 row["val_accuracy"] = evaluate(network, data.val, watch.stop_asked)
                 if row["val_accuracy"] > state.best_accuracy:
+                    _check_state(engine, state, last)
                     state.best_accuracy, state.best_epoch = row["val_accuracy"], state.epoch
                     save_checkpoint(folder / "best.pt", {"weights": _weights(network), "epoch": state.epoch})
             state.epoch, state.iteration = state.epoch + 1, 0
+            log.write(row)  # first: a line without its checkpoint is dropped on resuming, the reverse would be missed
             save()
-            log.write(row)
             watch.epoch(row)
         result = _test(folder, network, data, state, watch)
     except Interrupted:
         log.flush()
         save()
         raise
-    result = {**result, "seconds": round(state.seconds, 3), "iterations": batches * schedule.epochs}
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    return {**result, "seconds": round(state.seconds, 3), "iterations": batches * schedule.epochs}
 
 
 @torch.no_grad()
@@ -269,12 +267,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _check_parameters(engine: Engine, state: _State, last: Path) -> None:
-    """The losses of an iteration are those before its step, so the parameters of the last step are looked at too."""
-    for name, p in engine.state_dict()["theta"].items():
-        if not bool(p.isfinite().all()):
+def _check_state(engine: Engine, state: _State, last: Path) -> None:
+    """The losses of an iteration are those before its step, so what the last step made is looked at too."""
+    content = engine.state_dict()
+    for name, tensor in [item for group in ("theta", "momentum", "buffers", "phi") for item in content[group].items()]:
+        if not bool(tensor.isfinite().all()):
             raise L2TError(
-                f"parameter '{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "
+                f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "
                 f"{_kept(last)}; lower the learning rate or beta."
             )
 
@@ -289,6 +288,8 @@ def _restore(path: Path, engine: Engine) -> _State:
         engine.load_state_dict(content["engine"])
         _set_random_state(content["random"])
         return _State(**content["state"])
+    except L2TError as error:
+        raise L2TError(f"checkpoint {path}: {error}") from error
     except (KeyError, TypeError) as error:
         raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.") from error
 

@@ -51,7 +51,8 @@ class L2T(nn.Module):
         what, where: f and g, one for each pair; the meta-parameters φ.
         sources, target: the networks as feature extractors; `classes` of the target, `source_layers`, `target_layers`.
 
-    The networks are shared, not copied: training the learner trains the `target` given here.
+    The networks are shared, not copied: training the learner trains the `target` given here, and the sources are set
+    to evaluation mode and frozen. Modes are the learner's own: `learner.eval()`, where `target.eval()` is not enough.
 
     Raises:
         L2TError: see `tap` and `resolve_pairs`; also sources and target on different devices or dtypes.
@@ -176,7 +177,7 @@ class L2T(nn.Module):
     def matching_loss(self, x: Tensor) -> Tensor:
         """L_wfm(θ | x, φ) of eq. 3 with β = 1, a scalar; differentiable twice in θ, r and φ.
 
-        x: images [B, C, H, W]. An ordinary forward pass of the target, in its present mode.
+        x: images [B, C, H, W]. An ordinary forward pass of the target, in the mode of the learner (`learner.eval()`).
         """
         S = self.source_features(x)
         _, T = self.target_outputs(x)
@@ -206,6 +207,8 @@ def _linear(inputs: int, outputs: int, *, bias: float, weight: float | None = No
 def _layers_of_each(
     networks: Sequence[nn.Module], source_layers: Sequence[str] | Sequence[Sequence[str]]
 ) -> list[list[str]]:
+    if isinstance(source_layers, str):
+        raise L2TError(f"source_layers must be a list of names, not '{source_layers}'.")
     names = list(source_layers)
     if len(networks) == 1 and all(isinstance(name, str) for name in names):
         return [[str(name) for name in names]]
@@ -219,6 +222,11 @@ def _layers_of_each(
 def _check_placement(networks: Sequence[nn.Module], target: nn.Module, example: Tensor) -> None:
     if example.dim() != 4:
         raise L2TError(f"example must be images [B, C, H, W], not a tensor of shape {list(example.shape)}.")
+    if example.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise L2TError(f"{example.dtype} is not to be had: give networks and example float32, float64 or bfloat16.")
+    shared = {id(p) for network in networks for p in network.parameters()}
+    if any(id(p) in shared for p in target.parameters()):
+        raise L2TError("a source and the target share parameters: give the target a copy, copy.deepcopy(network).")
     for role, module in [*((f"source {s}", network) for s, network in enumerate(networks)), ("target", target)]:
         for name, p in module.named_parameters():
             if p.device != example.device or p.dtype != example.dtype:

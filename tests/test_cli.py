@@ -61,6 +61,10 @@ def test_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     main(["train", "--runs", str(tmp_path), "--name", "job", "--resume"])
     assert list(csv.reader((run / "table.csv").open())) == table
     assert (run / "l2t-ww/seed-0/last.pt").stat().st_mtime_ns == before
+    # What a run has learned can teach the next one.
+    small = f"--source-width 0.25 --target-width 0.0625 --source-weights {run / 'source/best.pt'}"
+    main(f"train --runs {tmp_path} --name next {small} --method l2t-ww --seeds 0 --epochs 1".split())
+    assert not (tmp_path / "next/source").exists()
 
 
 def test_interrupt_saves_and_resume_goes_on(tmp_path: Path) -> None:

@@ -697,3 +697,28 @@ def test_nothing_to_train() -> None:
     learner = small_learner(small_net().requires_grad_(False))
     with pytest.raises(L2TError, match=r"the target has no parameter to train: set requires_grad"):
         Engine(learner)
+
+
+def test_a_hardsigmoid_is_refused_before_anything_is_trained() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.Flatten(), nn.Linear(144, 3)).double()
+    learner = L2T(small_net(nn.ReLU()), network, source_layers=["0"], target_layers=["0"], example=batch(0, 8)[0])
+    with pytest.raises(L2TError, match="'1' of the target is a Hardsigmoid"):
+        Engine(learner)
+
+
+def test_one_network_as_source_and_target_is_refused() -> None:
+    network = small_net(nn.ReLU())
+    with pytest.raises(L2TError, match="share parameters: give the target a copy"):
+        L2T(network, network, source_layers=["0"], target_layers=["0"], example=batch(0, 8)[0])
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    engine = Engine(small_learner(small_net(nn.ReLU())))
+    engine.step(*batch(0, 8))
+    state = copy.deepcopy(engine.state_dict())
+    before = copy.deepcopy(engine.state_dict()["theta"])
+    engine_state = engine.state_dict()
+    for wrong in ({"lr": "x"}, {"adam": None}, {"adam": {**state["adam"], "state": {99: {}}}}):
+        with pytest.raises(L2TError):
+            engine.load_state_dict({**state, "theta": {n: p + 1 for n, p in before.items()}, **wrong})
+        assert all(torch.equal(engine_state["theta"][name], p) for name, p in before.items())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from l2t_fast import L2T, Engine, L2TError
 from l2t_fast import checkpoint as checkpoint_module
+from l2t_fast import trainer as trainer_module
 from l2t_fast.checkpoint import load_checkpoint, save_checkpoint
 from l2t_fast.data import Data, TensorSet
 from l2t_fast.trainer import Interrupted, Schedule, evaluate, fit, read_metrics
@@ -170,6 +171,41 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
         fit(tmp_path, engine, target, DATA, SCHEDULE, Spoil())
     theta = load_checkpoint(tmp_path / "last.pt")["engine"]["theta"]
     assert all(p.isfinite().all() for p in theta.values())
+
+
+@pytest.mark.parametrize("name", ["1.running_var", "0.weight"])
+def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, name: str) -> None:
+    """Buffers are looked at as parameters are, and best.pt as last.pt."""
+    engine, target = training()
+
+    class Spoil(Stop):
+        def evaluating(self, part: str) -> None:
+            target.state_dict()[name].fill_(math.inf)
+
+    with pytest.raises(L2TError, match=rf"'(target\.)?{name}' is not finite before epoch 0.*nothing was saved yet"):
+        fit(tmp_path, engine, target, DATA, SCHEDULE, Spoil())
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_kill_between_metrics_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, target = training()
+    fit(tmp_path / "whole", engine, target, DATA, SCHEDULE, Stop())
+    killed, its_target = training()
+    calls = []
+
+    def die(path: Path, content: dict[str, Any]) -> None:
+        calls.append(path)
+        if path.name == "last.pt" and len(calls) > 3:
+            raise KeyboardInterrupt
+        save_checkpoint(path, content)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "killed", killed, its_target, DATA, SCHEDULE, Stop())
+    monkeypatch.undo()
+    resumed, its_target = training()
+    fit(tmp_path / "killed", resumed, its_target, DATA, SCHEDULE, Stop())
+    assert read_metrics(tmp_path / "killed/metrics.jsonl") == read_metrics(tmp_path / "whole/metrics.jsonl")
 
 
 def test_checkpoints_are_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
