@@ -130,10 +130,10 @@ class Engine:
         """
         self.learner.train()
         pairs, outer = self._check(x, y, val)
-        batches, (_, lam, a) = self._prepare(pairs)
+        batches, lam, a = self._prepare(pairs)
         metrics = self._real_step(batches[0])
         if self.learner.pairs:
-            metrics["pair_weights"] = torch.stack([lam_p.detach().mean() for lam_p in lam[: len(self.learner.pairs)]])
+            metrics["pair_weights"] = torch.stack([lam_p.detach().mean() for lam_p in lam])
         if self._adam is not None:
             meta_loss, grads = self._meta_gradient(batches, outer, a)
             for p, g in zip(self._phi.values(), grads, strict=True):
@@ -155,7 +155,7 @@ class Engine:
         try:
             pairs, outer = self._check(x, y, val)
             with torch.random.fork_rng(devices=_cuda_devices(outer[0])):
-                batches, (_, _, a) = self._prepare(pairs)
+                batches, _, a = self._prepare(pairs)
                 _, grads = self._meta_gradient(batches, outer, a)
         finally:
             self.learner.train(was_training)
@@ -218,20 +218,19 @@ class Engine:
         self.lr = state["lr"]
 
     @torch.enable_grad()
-    def _prepare(
-        self, pairs: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[list[Batch], tuple[list[Tensor], list[Tensor], list[Tensor]]]:
-        """What an iteration needs once: source features and weights of each batch; a keeps its graph to φ."""
-        batches, all_w, all_lam, all_a = [], [], [], []
+    def _prepare(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Batch], list[Tensor], list[Tensor]]:
+        """What an iteration needs once: (the batches, λ of the first, a of all of them with its graph to φ)."""
+        batches: list[Batch] = []
+        all_lam: list[Tensor] = []
+        all_a: list[Tensor] = []
         for x, y in pairs:
             S = self.learner.source_features(x)
             w, lam = self.learner.weights(S)
             a = cotangents(w, lam, self.beta)
             batches.append(Batch(x, y, self.learner.resized(S, x), [a_p.detach() for a_p in a]))
-            all_w += w
             all_lam += lam
             all_a += a
-        return batches, (all_w, all_lam, all_a)
+        return batches, all_lam[: len(self.learner.pairs)], all_a
 
     @torch.no_grad()
     def _real_step(self, batch: Batch) -> dict[str, Tensor]:
@@ -264,10 +263,7 @@ class Engine:
             list(a),
             self.memory,
         )
-        phi = list(self._phi.values())
-        if not phi:
-            return loss, []
-        return loss, list(torch.autograd.grad(a, phi, grads_a))
+        return loss, list(torch.autograd.grad(a, list(self._phi.values()), grads_a))
 
     def _check(
         self, x: Images, y: Images, val: tuple[Tensor, Tensor] | None

@@ -31,7 +31,7 @@ from l2t_fast.errors import L2TError
 from l2t_fast.methods import find_method
 from l2t_fast.models import build_model, checkpoint_classes, default_layers, load_weights
 from l2t_fast.progress import Display, StopSignal, TrainingWatch
-from l2t_fast.trainer import Schedule, fit, read_metrics
+from l2t_fast.trainer import Schedule, fit, read_epochs
 from l2t_fast.transfer import L2T
 
 _PICTURE_IMAGES = 512  # training images whose channel weights the histogram shows
@@ -266,7 +266,7 @@ def _engine(config: TrainConfig, learner: L2T) -> Engine:
 def _draw_weights(cell: Path, learner: L2T, data: Data, title: str) -> None:
     """The pictures of what was learned: λ over the epochs, w at the end."""
     names = [_pair_name(learner, pair) for pair in learner.pairs]
-    epochs = [row for row in read_metrics(cell / "metrics.jsonl") if "iteration" not in row]
+    epochs = read_epochs(cell / "metrics.jsonl")
     if len(learner.where):
         plots.plot_pair_weights(cell / "pair_weights.png", [row["pair_weights"] for row in epochs], names, title)
     if len(learner.what):
@@ -305,9 +305,7 @@ def report(folder: Path, config: TrainConfig, console: Console) -> None:
     for name in methods:
         cells = [folder / name / f"seed-{seed}" for seed in seeds]
         results = [json.loads((cell / "result.json").read_text()) for cell in cells]
-        curves[name] = [
-            [row for row in read_metrics(cell / "metrics.jsonl") if "iteration" not in row] for cell in cells
-        ]
+        curves[name] = [read_epochs(cell / "metrics.jsonl") for cell in cells]
         lines.append(
             [
                 name,

@@ -103,10 +103,9 @@ def _resolve(module: nn.Module, layers: Sequence[str], training: bool, role: str
     try:
         graph = tracer.trace(module.train(training))
     except Exception as error:  # whatever a forward pass may raise on a symbolic input
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise L2TError(
-            f"torch.fx cannot trace the {role} ({type(module).__name__}): {first_line} Rewrite the data-dependent part "
-            "of its forward pass, or mark it with torch.fx.wrap."
+            f"torch.fx cannot trace the {role} ({type(module).__name__}): {_first_line(error)} Rewrite the "
+            "data-dependent part of its forward pass, or mark it with torch.fx.wrap."
         ) from error
     names: dict[fx.Node, str] = tracer.node_to_qualname
     nodes: dict[str, str] = {}
@@ -149,6 +148,10 @@ def _node_of(module: nn.Module, layer: str, tracer: _ModuleTracer, role: str) ->
         )
     near = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3) or modules[:8]
     raise L2TError(f"the {role} has no layer '{layer}'{_listed(': the nearest names are', near)}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _listed(lead: str, names: Sequence[str]) -> str:
@@ -198,8 +201,7 @@ def _checked_run(
     try:
         theirs[_OUTPUT] = module(x)
     except Exception as error:  # whatever a network may raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {first_line}") from error
+        raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {_first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()

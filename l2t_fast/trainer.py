@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from l2t_fast.checkpoint import load_checkpoint, save_checkpoint
+from l2t_fast.checkpoint import load_checkpoint, save_checkpoint, save_text
 from l2t_fast.data import Data, ImageSet
 from l2t_fast.engine import Engine
 from l2t_fast.errors import L2TError
@@ -204,7 +204,7 @@ class _Log:
         rows = read_metrics(path) if path.exists() else []
         position = (state.epoch, state.iteration)
         kept = [row for row in rows if (row["epoch"], row.get("iteration", math.inf)) < position]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        save_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._epoch_rows = [row for row in kept if row["epoch"] == state.epoch]
 
     def add(self, epoch: int, iteration: int, metrics: dict[str, Tensor], lr: float) -> None:
@@ -265,6 +265,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a killed run left unfinished is left out."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that sum up an epoch."""
+    return [row for row in read_metrics(path) if "iteration" not in row]
 
 
 def _check_state(engine: Engine, state: _State, last: Path) -> None:
