@@ -11,15 +11,16 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# The exactness tests once more on the oldest versions that setup.py admits, in an environment of their own.
+# The exactness tests once more on the oldest versions that setup.py admits, in an environment of their own
+# (numpy < 2.4, because the interpreter of Triton 3.6 indexes with arrays of one element).
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/bin/.installed
 	$(OLDEST)/bin/python -m pytest -m core
 
-$(OLDEST)/bin/.installed: setup.py pyproject.toml
+$(OLDEST)/bin/.installed: setup.py pyproject.toml Makefile
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 -e ".[dev]"
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 "numpy<2.4" -e ".[dev]"
 	touch $@
 
 lint: install

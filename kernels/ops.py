@@ -10,13 +10,16 @@ cotangents[p] = a [B, C_s]. With
 the matching loss of the paper (eq. 3) is L_wfm = Σ_p Σ_bc a_bc E_bc with a = (β/B) λ_b w_bc. The operators take
 a, not (λ, w): a is the same in all simulated steps, so one product, and one VJP through it, serve them all.
 
+Features share one dtype; weights, biases and a have it too, or are float32 beside bfloat16 features: results have the
+dtype of what they are the gradient of.
+
 `matching_gradient` gives ∂(Σ a E) and, on request, E; `matching_adjoint` is its reverse-mode derivative, registered
 as its backward. `matching_distances` is the differentiable E; its gradient is `matching_gradient` again, so it can
 be differentiated twice. The adjoint itself is not differentiable (no third order).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from l2t_fast.kernels import torch_impl
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
 Grads = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def implementation(feature: Tensor) -> "ModuleType":
+    """The module that computes: Triton on CUDA, ATen elsewhere and for float64, whose use is to check."""
+    if feature.is_cuda and feature.dtype in (torch.float32, torch.bfloat16):
+        from l2t_fast.kernels import triton_impl
+
+        return triton_impl
+    return torch_impl
 
 
 @torch.library.custom_op("l2t::matching_gradient", mutates_args=())
@@ -43,7 +58,10 @@ def matching_gradient(
     Returns (E, g_T, g_r, g_bias): E a [B, C_s] for each pair (an empty list unless `distances`), g_T like `targets`,
     g_r like `weights`, g_bias like `biases`. Differentiable once, in everything but `sources`.
     """
-    return torch_impl.matching_gradient(targets, sources, weights, biases, cotangents, source_of, target_of, distances)
+    grads: Grads = implementation(targets[0]).matching_gradient(
+        targets, sources, weights, biases, cotangents, source_of, target_of, distances
+    )
+    return grads
 
 
 @matching_gradient.register_fake
@@ -80,7 +98,7 @@ def matching_adjoint(
     Returns (v_T, v_r, v_bias, v_a), v_a a [B, C_s] for each pair; the first three are empty lists unless `primal`
     (the first simulated step needs v_a alone).
     """
-    return torch_impl.matching_adjoint(
+    grads: Grads = implementation(targets[0]).matching_adjoint(
         targets,
         sources,
         weights,
@@ -93,6 +111,7 @@ def matching_adjoint(
         target_of,
         primal,
     )
+    return grads
 
 
 @matching_adjoint.register_fake
@@ -125,7 +144,10 @@ def matching_distances(
     target_of: Sequence[int],
 ) -> list[Tensor]:
     """E, a [B, C_s] for each pair. Twice differentiable, in everything but `sources`."""
-    return torch_impl.matching_distances(targets, sources, weights, biases, source_of, target_of)
+    E: list[Tensor] = implementation(targets[0]).matching_distances(
+        targets, sources, weights, biases, source_of, target_of
+    )
+    return E
 
 
 @matching_distances.register_fake

@@ -36,7 +36,7 @@ def matching_distances(
         group = [p for p, t in enumerate(target_of) if t == n]
         if group:
             d = _difference(feature, weights, sources, biases, source_of, group)
-            _scatter(E, group, d.square().mean(2).split([weights[p].shape[0] for p in group], 1))
+            _scatter(E, group, d.square().mean(2).split([weights[p].shape[0] for p in group], 1), weights)
     return E
 
 
@@ -63,13 +63,13 @@ def matching_gradient(
             continue
         split = [channels[p] for p in group]
         T = feature.flatten(2)  # [B, C_t, HW]
-        r = _stacked(weights, group, T.shape[0])  # [B, ΣC_s, C_t]
+        r = _stacked(weights, group, T)  # [B, ΣC_s, C_t]
         d = _difference(feature, weights, sources, biases, source_of, group)  # [B, ΣC_s, HW]
         if distances:
-            _scatter(E, group, d.square().mean(2).split(split, 1))
+            _scatter(E, group, d.square().mean(2).split(split, 1), cotangents)
         G = d.mul_(_scaled(cotangents, group, T.shape[2]))
-        _scatter(g_r, group, torch.bmm(G, T.mT).sum(0)[:, :, None, None].split(split))
-        _scatter(g_bias, group, G.sum((0, 2)).split(split))
+        _scatter(g_r, group, torch.bmm(G, T.mT).sum(0)[:, :, None, None].split(split), weights)
+        _scatter(g_bias, group, G.sum((0, 2)).split(split), biases)
         g_T.append(_like(torch.bmm(r.mT, G), feature))
     return E, g_T, g_r, g_bias
 
@@ -105,19 +105,19 @@ def matching_adjoint(
             continue
         split = [channels[p] for p in group]
         T, u_T = feature.flatten(2), u_feature.flatten(2)  # [B, C_t, HW]
-        batch, _, area = T.shape
-        r, u_r = _stacked(weights, group, batch), _stacked(u_weights, group, batch)  # [B, ΣC_s, C_t]
-        u_bias = torch.cat([u_biases[p] for p in group])  # [ΣC_s]
+        area = T.shape[2]
+        r, u_r = _stacked(weights, group, T), _stacked(u_weights, group, T)  # [B, ΣC_s, C_t]
+        u_bias = torch.cat([u_biases[p] for p in group]).to(T.dtype)  # [ΣC_s]
         d = _difference(feature, weights, sources, biases, source_of, group)  # [B, ΣC_s, HW]
         H = torch.baddbmm(u_bias[None, :, None], r, u_T).baddbmm_(u_r, T)  # [B, ΣC_s, HW]
-        _scatter(v_a, group, (d * H).sum(2).mul_(2 / area).split(split, 1))
+        _scatter(v_a, group, (d * H).sum(2).mul_(2 / area).split(split, 1), cotangents)
         if not primal:
             continue
         ka = _scaled(cotangents, group, area)  # [B, ΣC_s, 1]
         kaH, G = H.mul_(ka), d.mul_(ka)
         v_weight = torch.bmm(kaH, T.mT).baddbmm_(G, u_T.mT).sum(0)  # [ΣC_s, C_t]
-        _scatter(v_r, group, v_weight[:, :, None, None].split(split))
-        _scatter(v_bias, group, kaH.sum((0, 2)).split(split))
+        _scatter(v_r, group, v_weight[:, :, None, None].split(split), weights)
+        _scatter(v_bias, group, kaH.sum((0, 2)).split(split), biases)
         v_T.append(_like(torch.bmm(r.mT, kaH).baddbmm_(u_r.mT, G), feature))
     return v_T, v_r, v_bias, v_a
 
@@ -131,14 +131,14 @@ def _difference(
     group: Sequence[int],
 ) -> Tensor:
     """d = r T + bias − R(S) of the pairs in `group`, stacked along channels: [B, ΣC_s, HW]."""
-    batch, size = feature.shape[0], feature.shape[-2:]
-    S = [resize(sources[source_of[p]], size) - biases[p][None, :, None, None] for p in group]
-    return torch.cat(S, 1).flatten(2).baddbmm_(_stacked(weights, group, batch), feature.flatten(2), beta=-1)
+    T, size = feature.flatten(2), feature.shape[-2:]
+    S = [resize(sources[source_of[p]], size) - biases[p].to(T.dtype)[None, :, None, None] for p in group]
+    return torch.cat(S, 1).flatten(2).baddbmm_(_stacked(weights, group, T), T, beta=-1)
 
 
-def _stacked(weights: Sequence[Tensor], group: Sequence[int], batch: int) -> Tensor:
+def _stacked(weights: Sequence[Tensor], group: Sequence[int], T: Tensor) -> Tensor:
     """The projections r of the pairs in `group`, stacked along C_s and shared by the batch: [B, ΣC_s, C_t]."""
-    return torch.cat([weights[p].flatten(1) for p in group]).expand(batch, -1, -1)
+    return torch.cat([weights[p].flatten(1) for p in group]).to(T.dtype).expand(T.shape[0], -1, -1)
 
 
 def _scaled(cotangents: Sequence[Tensor], group: Sequence[int], area: int) -> Tensor:
@@ -146,10 +146,10 @@ def _scaled(cotangents: Sequence[Tensor], group: Sequence[int], area: int) -> Te
     return torch.cat([cotangents[p] for p in group], 1).mul_(2 / area).unsqueeze(2)
 
 
-def _scatter(into: list[Tensor], group: Sequence[int], values: Sequence[Tensor]) -> None:
-    """Own copies, because the outputs of an operator must not share storage."""
+def _scatter(into: list[Tensor], group: Sequence[int], values: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+    """Own copies, because the outputs of an operator must not share storage, in the dtype of `like`."""
     for p, value in zip(group, values, strict=True):
-        into[p] = value.clone(memory_format=torch.contiguous_format)
+        into[p] = value.to(like[p].dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _like(flat: Tensor, feature: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ class Engine:
             S = self.learner.source_features(x)
             w, lam = self.learner.weights(S)
             a = cotangents(w, lam, self.beta)
-            batches.append(Batch(x, y, self.learner.resized(S, x), [a_p.detach() for a_p in a]))
+            batches.append(Batch(x, y, *self.learner.matching_sources(S, x), [a_p.detach() for a_p in a]))
             all_lam += lam
             all_a += a
         return batches, all_lam[: len(self.learner.pairs)], all_a

@@ -27,11 +27,12 @@ class SGD:
 
 
 class Batch(NamedTuple):
-    """Images, labels, and what neither θ nor the step changes: resized source features and weights (kernels.ops)."""
+    """Images, labels, and what neither θ nor the step changes: source features and weights (kernels.ops)."""
 
     x: Tensor  # [B, C, H, W]
     y: Tensor  # [B]
-    S: list[Tensor]  # R(S) [B, C_s, H, W], see `L2T.resized`
+    S: list[Tensor]  # see `L2T.matching_sources`
+    source_of: list[int]  # of each pair
     a: list[Tensor]  # [B, C_s] of each pair
 
 
@@ -80,7 +81,7 @@ def gradient(
     if matching:
         T = outputs[len(cotangents) :]
         E, g_T, g_r, g_bias = ops.matching_gradient(
-            T, batch.S, r, bias, batch.a, learner.resized_of, learner.target_of, distances
+            T, batch.S, r, bias, batch.a, batch.source_of, learner.target_of, distances
         )
         cotangents = cotangents + g_T
     else:

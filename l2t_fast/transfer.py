@@ -103,7 +103,7 @@ class L2T(nn.Module):
         self.target_of = [self._used_targets.index(pair.n) for pair in self.pairs]
         sizes = [self._target_taps.shapes[pair.n][1:] for pair in self.pairs]
         self._resizes = sorted(set(zip(self.source_of, sizes, strict=True)))
-        self.resized_of = [self._resizes.index(resized) for resized in zip(self.source_of, sizes, strict=True)]
+        self._resized_of = [self._resizes.index(resized) for resized in zip(self.source_of, sizes, strict=True)]
         self._image_shape = example.shape[1:]
 
         self.projections = nn.ModuleList()
@@ -138,13 +138,17 @@ class L2T(nn.Module):
             ]
         return [features[s][m] for s, m in self._used_sources]
 
-    def resized(self, S: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-        """R(S): the features [B, C_s, H, W] at every resolution that a paired target layer has; pair p has
-        `resized_of[p]`. Once an iteration is cheaper than in every operator; for images of another size than the
-        example's the operators do it.
+    def matching_sources(self, S: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[int]]:
+        """(source features for the operators, which of them each pair has), from `source_features`.
+
+        ATen's operators resize in memory: once an iteration is cheaper, so they get R(S) [B, C_s, H, W] at every
+        resolution that a paired target layer has. Triton's gather from S itself. So do all of them for images of
+        another size than the example's.
         """
         usual = x.shape[1:] == self._image_shape
-        return [torch_impl.resize(S[m], size) if usual else S[m] for m, size in self._resizes]
+        if not S or not usual or ops.implementation(S[0]) is not torch_impl:
+            return list(S), self.source_of
+        return [torch_impl.resize(S[m], size) for m, size in self._resizes], self._resized_of
 
     def target_outputs(self, x: Tensor, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """(logits [B, classes], T: a feature [B, C_t, H, W] of each target layer that some pair uses).

@@ -249,7 +249,7 @@ def test_meta_gradient_equals_finite_differences(case: dict[str, Any]) -> None:
         for name, p in phi.items():
             p.copy_(start[name] + offset[name])
         S = learner.source_features(train[0])
-        data = inner.Batch(*train, learner.resized(S, train[0]), cotangents(*learner.weights(S), engine.beta))
+        data = inner.Batch(*train, *learner.matching_sources(S, train[0]), cotangents(*learner.weights(S), engine.beta))
         theta = {name: p.detach() for name, p in inner.parameters(learner).items()}
         momentum = engine.state_dict()["momentum"]
         rule = inner.SGD(0.9, 1e-2, bool(case))
@@ -393,7 +393,9 @@ def test_the_first_step_forms_no_hessian_product(scheme: bilevel.Scheme, memory:
     S = learner.source_features(x)
     with torch.no_grad():
         a = cotangents(*learner.weights(S), engine.beta)
-    steps = bilevel.unroll(learner, scheme, [inner.Batch(x, y, learner.resized(S, x), a)], 1, 0.1, inner.SGD())
+    steps = bilevel.unroll(
+        learner, scheme, [inner.Batch(x, y, *learner.matching_sources(S, x), a)], 1, 0.1, inner.SGD()
+    )
     momentum = engine.state_dict()["momentum"]
 
     def sweep(constant: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from matching_cases import CASES, flat, random_inputs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,35 +14,15 @@ from l2t_fast.kernels import ops
 
 pytestmark = pytest.mark.core
 
-# (source shapes [C, h, w], target shapes [C, H, W], pairs (m, n))
-CASES = {
-    "one pair": ([(3, 4, 4)], [(2, 4, 4)], [(0, 0)]),
-    "up and down": ([(3, 2, 2), (5, 8, 8)], [(4, 4, 4), (2, 1, 1)], [(0, 0), (0, 1), (1, 0), (1, 1)]),
-    "ragged 7/3, not square": ([(3, 3, 2), (1, 7, 5)], [(2, 7, 5), (3, 3, 2)], [(1, 1), (0, 0)]),
-    "an unpaired layer": ([(2, 3, 3)], [(2, 3, 3), (3, 2, 2)], [(0, 1)]),
-    "a pair twice over": ([(2, 3, 3), (2, 3, 3)], [(2, 3, 3)], [(0, 0), (1, 0), (0, 0)]),
-}
-
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest) -> tuple:
     """(targets, sources, weights, biases, a, source_of, target_of), float64, random."""
     torch.manual_seed(0)
-    source_shapes, target_shapes, pairs = CASES[request.param]
-    batch = 3
-
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    return (
-        [rand(batch, *shape) for shape in target_shapes],
-        [rand(batch, *shape).detach() for shape in source_shapes],
-        [rand(source_shapes[m][0], target_shapes[n][0], 1, 1) for m, n in pairs],
-        [rand(source_shapes[m][0]) for m, _ in pairs],
-        [rand(batch, source_shapes[m][0]) for m, _ in pairs],
-        [m for m, _ in pairs],
-        [n for _, n in pairs],
-    )
+    targets, sources, *rest = random_inputs(*CASES[request.param])
+    for x in flat((targets, *rest[:3])):
+        x.requires_grad_()
+    return (targets, sources, *rest)
 
 
 def plain_distances(targets, sources, weights, biases, source_of, target_of) -> list[Tensor]:
@@ -62,10 +43,6 @@ def plain_gradient(targets, sources, weights, biases, a, source_of, target_of) -
     inputs = [*targets, *weights, *biases]
     g = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
     return (*E, *(torch.zeros_like(x) if g_x is None else g_x for x, g_x in zip(inputs, g, strict=True)))
-
-
-def flat(lists) -> tuple[Tensor, ...]:
-    return tuple(t for tensors in lists for t in tensors)
 
 
 def assert_close(ours, theirs) -> None:

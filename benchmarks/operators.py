@@ -1,0 +1,733 @@
+"""Times the matching operators on a GPU, beside PyTorch's own ways to the same: `python -m benchmarks.operators`.
+
+    triton     the fused operators torch.ops.l2t.*
+    aten       their formulas in ATen, a batched product a layer (kernels/torch_impl.py)
+    eager      the plain loss, pair by pair, and autograd; the adjoint is the backward of its gradient, graph given
+    compiled   torch.compile of the plain loss; of the ATen formulas for the adjoint, as it has no double backward
+
+Every time stands behind a check against float64 of the very CUDA graph that is timed, and beside the time that memory
+and arithmetic need at least, at the rates measured in the same run. Rows go to benchmarks/results/operators_<gpu>.jsonl
+as they come. `--tune` times blocks of the Triton kernels instead and prints the best for kernels/configs.py.
+
+    TRITON_INTERPRET=1 python -m benchmarks.operators --device cpu --cases tiny [--tune]
+
+goes through the same motions without a GPU; its times say nothing.
+"""
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import aot
+from l2t_fast.kernels import configs, ops, plan, torch_impl
+from l2t_fast.kernels.configs import Config, Kernel, Table
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 1.2  # times the error of ATen in the same precision
+WARM_UP = 3  # rounds not counted
+POOL = 14  # processes that compile
+
+_BATCH, _SOURCES, _TARGETS = aot.CASES["imagenet"]
+# (batch, sources (C, H, W), targets (C, H, W)); all sources x all targets
+CASES = {
+    **aot.CASES,
+    "four-source": (_BATCH, [*_SOURCES] * 4, _TARGETS),
+    "tiny": (3, [(3, 4, 4), (8, 2, 2)], [(4, 4, 4), (16, 2, 2)]),
+}
+# Features: dtype and layout. Projections have their dtype, a is float32.
+PRECISIONS = {
+    "bf16": (torch.bfloat16, torch.channels_last),
+    "tf32": (torch.float32, torch.channels_last),
+    "ieee": (torch.float32, torch.contiguous_format),
+}
+OUTPUTS = {
+    "gradient": ("g_T", "g_r", "g_bias"),
+    "adjoint": ("v_T", "v_r", "v_bias", "v_a"),
+    "first step": ("v_a",),
+    "distances": ("E",),
+}
+# In units of the product r T for all pairs.
+FLOPS = {"gradient": 3, "adjoint": 7, "first step": 3, "distances": 1}
+COMPILED = ("gradient", "adjoint")
+
+# Values that --tune tries, one at a time.
+BLOCKS = {
+    "chunk": (64, 128, 256),
+    "tile": (32 * 128, 64 * 128, 128 * 128),
+    "positions": (32, 64, 128),
+    "channels": (16, 32, 64, 128),
+    "step": (32, 64, 128),
+    "warps": (4, 8),
+    "stages": (1, 2, 3, 4),
+    "waves": (1, 2, 4),
+}
+
+Outputs = list[list[Tensor]]  # of each name in OUTPUTS, tensors of each target layer or pair
+Call = Callable[[], Outputs]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random inputs of the operators; see `l2t_fast.kernels.ops`."""
+
+    targets: list[Tensor]  # [B, C_t, H, W] a target layer
+    sources: list[Tensor]  # [B, C_s, h, w] a source layer
+    weights: list[Tensor]  # [C_s, C_t, 1, 1] a pair
+    biases: list[Tensor]  # [C_s] a pair
+    cotangents: list[Tensor]  # [B, C_s] a pair
+    u_targets: list[Tensor]
+    u_weights: list[Tensor]
+    u_biases: list[Tensor]
+    source_of: list[int]
+    target_of: list[int]
+
+    @property
+    def primal(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        return self.targets, self.sources, self.weights, self.biases
+
+    @property
+    def direction(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return self.u_targets, self.u_weights, self.u_biases
+
+    @property
+    def of(self) -> tuple[list[int], list[int]]:
+        return self.source_of, self.target_of
+
+    def double(self) -> "Problem":
+        """The same numbers in float64."""
+        lists = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith("_of")}
+        return replace(self, **{name: [t.double() for t in tensors] for name, tensors in lists.items()})
+
+
+def random_problem(case: str, precision: str, device: torch.device) -> Problem:
+    batch, sources, targets = CASES[case]
+    dtype, layout = PRECISIONS[precision]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def features(shapes: Iterable[tuple[int, int, int]]) -> list[Tensor]:
+        return [randn(batch, *shape).to(dtype).contiguous(memory_format=layout) for shape in shapes]
+
+    pairs = [(m, n) for n in range(len(targets)) for m in range(len(sources))]
+
+    def projections() -> list[Tensor]:
+        return [
+            (randn(sources[m][0], targets[n][0], 1, 1) / math.sqrt(targets[n][0])).to(dtype).contiguous()
+            for m, n in pairs
+        ]
+
+    def biases() -> list[Tensor]:
+        return [randn(sources[m][0]).to(dtype) for m, _ in pairs]
+
+    return Problem(
+        targets=features(targets),
+        sources=features(sources),
+        weights=projections(),
+        biases=biases(),
+        cotangents=[randn(batch, sources[m][0]).abs() / batch for m, _ in pairs],
+        u_targets=features(targets),
+        u_weights=projections(),
+        u_biases=biases(),
+        source_of=[m for m, _ in pairs],
+        target_of=[n for _, n in pairs],
+    )
+
+
+# The contenders
+
+
+def formulas(module: Any, problem: Problem, operator: str) -> Outputs:
+    """By the functions of `torch_impl`, or others of their signatures."""
+    a = problem.cotangents
+    if operator == "distances":
+        return [module.matching_distances(*problem.primal, *problem.of)]
+    if operator == "gradient":
+        return list(module.matching_gradient(*problem.primal, a, *problem.of, False)[1:])
+    full = operator == "adjoint"
+    v = module.matching_adjoint(*problem.primal, a, *problem.direction, *problem.of, full)
+    return list(v if full else v[3:])
+
+
+def plain_distances(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    source_of: Sequence[int],
+    target_of: Sequence[int],
+) -> list[Tensor]:
+    """E, a [B, C_s] for each pair, as anyone would write it."""
+    E = []
+    for r, bias, m, n in zip(weights, biases, source_of, target_of, strict=True):
+        T, S = targets[n], sources[m]
+        if S.shape[2:] != T.shape[2:]:
+            S = F.interpolate(S, size=T.shape[2:], mode="bilinear", align_corners=False)
+        E.append((F.conv2d(T, r, bias) - S).square().mean((2, 3)))
+    return E
+
+
+def plain_loss(a: Sequence[Tensor], *problem: Any) -> Tensor:
+    """Σ a E."""
+    products = [(a_p * E_p).sum() for a_p, E_p in zip(a, plain_distances(*problem), strict=True)]
+    return torch.stack(products).sum()
+
+
+def by_autograd(loss: Callable[..., Tensor], problem: Problem, operator: str) -> Call:
+    """All but the distances, by differentiating `loss` once or twice."""
+    T, r, bias, a = (
+        [t.detach().requires_grad_() for t in tensors]
+        for tensors in (problem.targets, problem.weights, problem.biases, problem.cotangents)
+    )
+    primal = [*T, *r, *bias]
+    lengths = [len(T), len(r), len(bias), len(a)]
+
+    def value() -> Tensor:
+        return loss(a, T, problem.sources, r, bias, *problem.of)
+
+    if operator == "gradient":
+        return lambda: split(torch.autograd.grad(value(), primal), lengths[:3])
+    g = torch.autograd.grad(value(), primal, create_graph=True)
+    u = [t for tensors in problem.direction for t in tensors]
+    inputs, counts = ([*primal, *a], lengths) if operator == "adjoint" else (a, lengths[3:])
+    return lambda: split(torch.autograd.grad(g, inputs, u, retain_graph=True), counts)
+
+
+def split(tensors: Iterable[Tensor], lengths: Iterable[int]) -> Outputs:
+    rest = iter(tensors)
+    return [[next(rest) for _ in range(length)] for length in lengths]
+
+
+def contender(implementation: str, problem: Problem, operator: str) -> Call:
+    """A call that computes the operator, made ready as far as its user would have it ready."""
+    if implementation == "triton":
+        return partial(formulas, torch.ops.l2t, problem, operator)
+    if implementation == "aten":
+        return partial(formulas, torch_impl, problem, operator)
+    if implementation == "eager":
+        if operator == "distances":
+            return lambda: [plain_distances(*problem.primal, *problem.of)]
+        return by_autograd(plain_loss, problem, operator)
+    # Without what was compiled before, neither shapes turn dynamic nor recompilations reach their limit.
+    torch.compiler.reset()
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    if operator == "gradient":
+        return by_autograd(compiled(plain_loss), problem, operator)
+    adjoint = compiled(torch_impl.matching_adjoint)
+    return partial(formulas, SimpleNamespace(matching_adjoint=adjoint), problem, operator)
+
+
+# Measuring
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A contender that has run."""
+
+    call: Call  # also keeps alive what `timed` reads
+    timed: Callable[[], Any]  # a replay of the call's CUDA graph, or the call
+    outputs: Outputs  # of `timed`
+    captured: bool | str  # or why not
+    first_seconds: float  # of the first call, compilation included
+    memory: int  # bytes at the peak beyond inputs and outputs
+
+
+def ready(make: Callable[[], Call], device: torch.device) -> Ready:
+    """Warms a contender up, measures its memory and captures it."""
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
+    start = perf_counter()
+    call = make()
+    call()
+    if cuda:
+        torch.cuda.synchronize()
+    first_seconds = perf_counter() - start
+    if not cuda:
+        return Ready(call, call, call(), "no CUDA", first_seconds, 0)
+    call()
+    torch.cuda.reset_peak_memory_stats()
+    outputs = call()
+    torch.cuda.synchronize()
+    memory = torch.cuda.max_memory_allocated() - before - size(outputs)
+    del outputs
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            outputs = call()
+    except Exception as error:  # a row says so
+        torch.cuda.synchronize()
+        return Ready(call, call, call(), reason(error), first_seconds, memory)
+    for tensors in outputs:
+        for t in tensors:
+            t.fill_(math.nan)  # a replay must write all of it
+    graph.replay()
+    torch.cuda.synchronize()
+    return Ready(call, graph.replay, outputs, True, first_seconds, memory)
+
+
+def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Of each call, turn by turn, with what the L2 cache held overwritten before each."""
+    if device.type != "cuda":
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = perf_counter()
+                call()
+                times[name].append(1e3 * (perf_counter() - start))
+        return times
+    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for _ in range(WARM_UP + rounds):
+        for name, call in calls.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            cache.zero_()
+            begin.record()
+            call()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: [begin.elapsed_time(end) for begin, end in turns[WARM_UP:]] for name, turns in events.items()}
+
+
+def launches(call: Call) -> int | None:
+    """Kernels, copies and fills of one call on the device; None where the profiler cannot see them."""
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            call()
+            torch.cuda.synchronize()
+        events = profiled.events() or ()
+    except (AssertionError, RuntimeError):  # no CUPTI, say: the times count for more
+        return None
+    # The synchronization is an event of its own.
+    return len([e for e in events if e.device_type == DeviceType.CUDA and e.name != "Context Sync"]) or None
+
+
+def errors(operator: str, outputs: Outputs, exact: Outputs) -> dict[str, float]:
+    """Of each output, the root mean square over its tensors of ‖x − exact‖ / ‖exact‖."""
+
+    def relative(x: Tensor, y: Tensor) -> Tensor:
+        return (x.double() - y).norm() / y.norm()
+
+    return {
+        name: torch.stack([relative(x, y) for x, y in zip(xs, ys, strict=True)]).square().mean().sqrt().item()
+        for name, xs, ys in zip(OUTPUTS[operator], outputs, exact, strict=True)
+    }
+
+
+def error_ratio(error: dict[str, float], aten: dict[str, float]) -> float:
+    """The largest ratio to ATen's error (NaN if any is)."""
+    return torch.tensor([error[name] / aten[name] for name in aten]).max().item()
+
+
+def size(lists: Iterable[Iterable[Tensor]]) -> int:
+    """Bytes."""
+    return sum(t.numel() * t.element_size() for tensors in lists for t in tensors)
+
+
+def reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def set_precision(precision: str) -> None:
+    """Of float32 products, those of cuDNN's convolutions included."""
+    torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "ieee"
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a copy on the device reads and writes."""
+    x = torch.randn(2**28 if device.type == "cuda" else 2**22, device=device)
+    y = torch.empty_like(x)
+    return 2e3 * size([[x]]) / statistics.median(milliseconds({"copy": lambda: y.copy_(x)}, 20, device)["copy"])
+
+
+def product_rate(precision: str, device: torch.device) -> float:
+    """FLOPs a second of a large matrix product."""
+    set_precision(precision)
+    n = 8192 if device.type == "cuda" else 256
+    x, y = (torch.randn(n, n, device=device).to(PRECISIONS[precision][0]) for _ in range(2))
+    return 2e3 * n**3 / statistics.median(milliseconds({"product": lambda: x @ y}, 20, device)["product"])
+
+
+def least(problem: Problem, operator: str, outputs: Outputs) -> tuple[int, int]:
+    """(bytes, FLOPs) that the operator needs at least: every input read once, every output written once."""
+    reads = [*problem.primal]
+    if operator in ("gradient", "adjoint"):  # v_a does not depend on a
+        reads.append(problem.cotangents)
+    if operator in ("adjoint", "first step"):
+        reads += problem.direction
+    areas = [T.shape[0] * T.shape[2] * T.shape[3] for T in problem.targets]
+    unit = sum(2 * r.numel() * areas[n] for r, n in zip(problem.weights, problem.target_of, strict=True))
+    return size(reads) + size(outputs), FLOPS[operator] * unit
+
+
+# Rows
+
+
+def operator_rows(
+    case: str,
+    precision: str,
+    operator: str,
+    implementations: dict[str, str],
+    rates: dict[str, float],
+    rounds: int,
+    device: torch.device,
+) -> list[Row]:
+    """A row an implementation; `implementations` maps each to why it is not to be had, or to nothing."""
+    set_precision(precision)
+    problem = random_problem(case, precision, device)
+    exact = formulas(torch_impl, problem.double(), operator)
+    contenders: dict[str, Ready] = {}
+    rows: dict[str, Row] = {}
+    for name, unavailable in implementations.items():
+        rows[name] = {"case": case, "precision": precision, "operator": operator, "implementation": name}
+        if unavailable:
+            rows[name]["unavailable"] = unavailable
+            continue
+        try:
+            contenders[name] = ready(partial(contender, name, problem, operator), device)
+        except Exception as error:  # one contender's failure is its row
+            rows[name]["unavailable"] = reason(error)
+    error_of = {name: errors(operator, one.outputs, exact) for name, one in contenders.items()}
+    times = milliseconds({name: one.timed for name, one in contenders.items()}, rounds, device)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    for name, one in contenders.items():
+        n_bytes, flops = least(problem, operator, one.outputs)
+        floors = {"bytes": 1e3 * n_bytes / rates["copy"], "flops": 1e3 * flops / rates[precision]}
+        bound = max(floors, key=lambda kind: floors[kind])
+        p20, *_, p80 = statistics.quantiles(times[name], n=5, method="inclusive")
+        ratio = error_ratio(error_of[name], error_of["aten"]) if "aten" in error_of else math.nan
+        correct = ratio <= TOLERANCE
+        rows[name] |= {
+            "correct": correct,
+            "error": error_of[name],
+            "error_over_aten": ratio,
+            "ms_median": median[name],
+            "ms_p20": p20,
+            "ms_p80": p80,
+            "rounds": rounds,
+            "captured": one.captured,
+            "floor_ms": floors[bound],
+            "floor_bound": bound,
+            "floor_bytes": n_bytes,
+            "floor_flops": flops,
+            "floor_fraction": floors[bound] / median[name],
+            **{
+                f"speedup_over_{other}": median[other] / median[name]
+                for other in ("eager", "compiled", "aten")
+                if correct and other in median and other != name
+            },
+            "memory_over_T": one.memory / size([problem.targets]) if device.type == "cuda" else None,
+            "launches": launches(one.call) if device.type == "cuda" else None,
+            "first_call_seconds": one.first_seconds,
+        }
+    return list(rows.values())
+
+
+HEADER = (
+    f"{'case':12}{'precision':10}{'operator':11}{'by':9}{'ms':>9}{'p20':>9}{'p80':>9}{'floor':>9}{'of it':>7}"
+    f"{'x eager':>9}{'x compiled':>11}{'error/aten':>11}{'memory/T':>9}{'launches':>9}"
+)
+
+
+def table_line(row: Row) -> str:
+    start = f"{row['case']:12}{row['precision']:10}{row['operator']:11}{row['implementation']:9}"
+    if "unavailable" in row:
+        return f"{start}  {row['unavailable']}"
+
+    def cell(name: str, width: int, form: str) -> str:
+        value = row.get(name)
+        return f"{'-':>{width}}" if value is None else f"{value:>{width}{form}}"
+
+    notes = ("" if row["correct"] else "  inexact") + ("" if row["captured"] is True else "  not captured")
+    return (
+        start
+        + "".join(cell(name, 9, ".4f") for name in ("ms_median", "ms_p20", "ms_p80", "floor_ms"))
+        + cell("floor_fraction", 7, ".0%")
+        + cell("speedup_over_eager", 9, ".2f")
+        + cell("speedup_over_compiled", 11, ".2f")
+        + cell("error_over_aten", 11, ".2f")
+        + cell("memory_over_T", 9, ".2f")
+        + cell("launches", 9, "d")
+        + notes
+    )
+
+
+def write(path: Path, row: Row) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def compare(arguments: argparse.Namespace, device: torch.device, metadata: Row) -> None:
+    """The table of all cases, precisions, operators and implementations."""
+    start = perf_counter()
+    rates = {p: product_rate(p, device) for p in arguments.precisions} | {"copy": copy_rate(device)}
+    metadata = metadata | {"rates": rates}
+    print(
+        ", ".join(f"{name} {rate / 1e12:.3g} T{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()),
+        flush=True,
+    )
+    work = [(case, p, operator) for p in arguments.precisions for case in arguments.cases for operator in OUTPUTS]
+    # The case of many pairs takes longest: it comes last, where it may be cut off.
+    work.sort(key=lambda job: job[0] == "four-source")
+    if device.type == "cuda":
+        with compilers() as pool:
+            wait([pool.submit(compile_ahead, *job, device.index, None) for job in work])
+        print(f"compiled the kernels in {perf_counter() - start:.0f} s", flush=True)
+    triton_runs = device.type == "cuda" or ops.implementation is not _DISPATCH
+    compile_left = arguments.compile_seconds
+    print(HEADER, flush=True)
+    for case, precision, operator in work:
+        if perf_counter() - start > arguments.limit:
+            print(f"stopped after {arguments.limit:.0f} s")
+            break
+        if operator not in COMPILED:
+            not_compiled = "only gradient and adjoint are compiled"
+        else:
+            not_compiled = "" if compile_left > 0 else "no time left to compile"
+        implementations = {"triton": "", "aten": "", "eager": "", "compiled": not_compiled}
+        if not triton_runs:
+            del implementations["triton"]
+        for row in operator_rows(case, precision, operator, implementations, rates, arguments.rounds, device):
+            if row["implementation"] == "compiled":
+                compile_left -= row.get("first_call_seconds", 0.0)
+            write(arguments.output, row | metadata)
+            print(table_line(row), flush=True)
+        gc.collect()  # autograd's graphs
+
+
+# Compiling and tuning the kernels
+
+Key = tuple[Kernel, bool, str]  # (kernel, adjoint, precision), as in configs.Table
+
+
+def compilers() -> ProcessPoolExecutor:
+    """Processes that fill Triton's cache on disk."""
+    return ProcessPoolExecutor(min(POOL, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
+
+
+def compile_ahead(case: str, precision: str, operator: str, index: int, table: Table | None) -> None:
+    """In a process of its own: runs the operator once, with the blocks of `table` if there is one."""
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    if table is not None:
+        install(architecture(device), table)
+    set_precision(precision)
+    formulas(torch.ops.l2t, random_problem(case, precision, device), operator)
+    torch.cuda.synchronize()
+
+
+def architecture(device: torch.device) -> str:
+    """As `configs.CONFIGS` names it."""
+    return "interpreter" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def install(arch: str, table: Table) -> None:
+    configs.CONFIGS[arch] = table
+    plan.position_launch.cache_clear()
+    plan.channel_launch.cache_clear()
+
+
+def neighbours(kernel: Kernel, config: Config) -> list[Config]:
+    """Configurations that differ in one value."""
+    unread = {"waves"} if kernel == "position" else set()
+    names = [f.name for f in fields(Config) if f.name in BLOCKS and f.name not in unread]
+    return [
+        replace(config, **{name: value}) for name in names for value in BLOCKS[name] if value != getattr(config, name)
+    ]
+
+
+def compile_candidates(
+    candidates: dict[Key, list[Config]], cases: list[str], table: Table, index: int, seconds: float
+) -> dict[tuple[Key, Config], str]:
+    """Compiles all for all cases; why not, of those that could not be compiled (too large for the GPU, as a rule)."""
+    with compilers() as pool:
+        futures = {
+            pool.submit(compile_ahead, case, key[2], operator_of(key), index, table | {key: config}): (key, config)
+            for key, configs_of_key in candidates.items()
+            for config in configs_of_key
+            for case in cases
+        }
+        done, not_done = wait(futures, timeout=seconds)
+        pool.shutdown(wait=False, cancel_futures=True)
+    failed = {futures[future]: "no time left to compile" for future in not_done}
+    return failed | {futures[future]: reason(error) for future in done if (error := future.exception())}
+
+
+def operator_of(key: Key) -> str:
+    """What a kernel's blocks are judged by."""
+    return "adjoint" if key[1] else "gradient"
+
+
+def trials(
+    key: Key,
+    candidates: list[Config],
+    failed: dict[tuple[Key, Config], str],
+    table: Table,
+    arguments: argparse.Namespace,
+    device: torch.device,
+) -> list[Row]:
+    """A row a candidate: the operator's time in each case with these blocks of one kernel, the others as in `table`."""
+    arch, operator, precision = architecture(device), operator_of(key), key[2]
+    set_precision(precision)
+    rows: list[Row] = [{"key": key, "config": asdict(candidate), "ms": {}} for candidate in candidates]
+    for row, candidate in zip(rows, candidates, strict=True):
+        if (key, candidate) in failed:
+            row["unavailable"] = failed[key, candidate]
+    for case in arguments.cases:
+        problem = random_problem(case, precision, device)
+        exact = formulas(torch_impl, problem.double(), operator)
+        aten = errors(operator, formulas(torch_impl, problem, operator), exact)
+        contenders = {}
+        for i, (row, candidate) in enumerate(zip(rows, candidates, strict=True)):
+            if "unavailable" in row:
+                continue
+            install(arch, table | {key: candidate})
+            try:
+                one = ready(partial(contender, "triton", problem, operator), device)
+            except Exception as error:  # one candidate's failure is its row
+                row["unavailable"] = f"{case}: {reason(error)}"
+                continue
+            ratio = error_ratio(errors(operator, one.outputs, exact), aten)
+            if ratio <= TOLERANCE:
+                contenders[str(i)] = one
+            else:
+                row["unavailable"] = f"{case}: error {ratio:.2f} times ATen's"
+        times = milliseconds({name: one.timed for name, one in contenders.items()}, arguments.rounds, device)
+        for name, t in times.items():
+            rows[int(name)]["ms"][case] = statistics.median(t)
+    install(arch, table)
+    for row in rows:
+        if "unavailable" not in row:
+            row["ms_mean"] = statistics.geometric_mean(row["ms"].values())
+    return rows
+
+
+def tune(arguments: argparse.Namespace, device: torch.device, metadata: Row) -> None:
+    """Moves each kernel's blocks to the fastest of their neighbours, until none is faster."""
+    start = perf_counter()
+    arch = architecture(device)
+    table = dict(configs.CONFIGS.get(arch, configs.CONFIGS["sm_80"]))
+    kernels: tuple[Kernel, ...] = ("position", "channel")
+    tried: dict[Key, set[Config]] = {key: set() for key in table}
+    for precision in arguments.precisions:
+        moving: list[Key] = [(kernel, adjoint, precision) for adjoint in (False, True) for kernel in kernels]
+        while moving and (left := arguments.limit - (perf_counter() - start)) > 0:
+            candidates = {
+                key: [table[key], *(c for c in neighbours(key[0], table[key]) if c not in tried[key])] for key in moving
+            }
+            cuda = device.type == "cuda"
+            failed = compile_candidates(candidates, arguments.cases, table, device.index, left) if cuda else {}
+            moving = []
+            for key, configs_of_key in candidates.items():
+                if perf_counter() - start > arguments.limit:
+                    break
+                tried[key].update(configs_of_key)
+                rows = trials(key, configs_of_key, failed, table, arguments, device)
+                for row in rows:
+                    write(arguments.output, row | metadata)
+                timed = [i for i, row in enumerate(rows) if "ms_mean" in row]
+                best = min(timed, key=lambda i: rows[i]["ms_mean"], default=0)
+                if best and rows[best]["ms_mean"] < 0.99 * rows[0].get("ms_mean", math.inf):
+                    table[key] = configs_of_key[best]
+                    moving.append(key)
+                ms = {case: round(t, 4) for case, t in rows[best]["ms"].items()}
+                print(f"{key}: {len(timed)} of {len(rows)} run; {table[key]}, {operator_of(key)} {ms} ms", flush=True)
+    print("\n".join(f"    {key}: {config}," for key, config in table.items()))
+
+
+# The command
+
+
+def commit() -> str:
+    """The revision, with a + where files differ from it; results do not count."""
+
+    def git(*command: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return ""
+        return done.stdout.strip()
+
+    revision = git("rev-parse", "--short", "HEAD")
+    return revision + "+" * bool(git("status", "--porcelain", ":/", ":!results")) if revision else "unknown"
+
+
+_DISPATCH = ops.implementation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda (default) or cpu")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: imagenet cifar, and four-source")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=30, help="timed turns of each contender (default 30)")
+    parser.add_argument("--limit", type=float, default=280, help="seconds after which nothing new begins (default 280)")
+    parser.add_argument(
+        "--compile-seconds", type=float, default=90, help="after which torch.compile begins no more (default 90)"
+    )
+    parser.add_argument("--no-compile", dest="compile_seconds", action="store_const", const=0, help="no torch.compile")
+    parser.add_argument("--tune", action="store_true", help="look for faster blocks of the Triton kernels")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/operators_<gpu>.jsonl, or tune_<gpu>")
+    parser.add_argument("--commit", default=commit(), help="what the rows say of the code, where git cannot tell")
+    arguments = parser.parse_args()
+
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+        # One stream for all: autograd's backward runs where its forward ran, and a graph is captured from one.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+        # The first product of a thread, autograd's too, allocates a workspace that stays: no contender's own.
+        x = torch.ones(16, 16, device=device, requires_grad=True)
+        (x @ x).sum().backward()
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        from l2t_fast.kernels import triton_impl
+
+        ops.implementation = lambda feature: triton_impl if feature.dtype != torch.float64 else torch_impl
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = "tune" if arguments.tune else "operators"
+    arguments.cases = arguments.cases or ["imagenet", "cifar", *([] if arguments.tune else ["four-source"])]
+    arguments.output = arguments.output or RESULTS / f"{name}_{gpu.lower().replace(' ', '_')}.jsonl"
+    metadata = {
+        "benchmark": name,
+        "device": gpu,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "commit": arguments.commit,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    (tune if arguments.tune else compare)(arguments, device, metadata)
+    print(f"rows are in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

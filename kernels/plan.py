@@ -1,0 +1,271 @@
+"""Which tiles of which pairs each program of a kernel works on: made once for a set of shapes, reused by every call.
+
+Two kinds of work share one difference d = r T + bias − R(S) [positions, C_s] a tile:
+
+- a *position* program owns positions of one target layer and goes through all pairs of that layer, so that their sum
+  g_T stays in registers;
+- a *channel* program owns a block of source channels of one pair and goes through the positions of some samples, so
+  that g_r and g_bias stay in registers, and so does, sample by sample, Σ_ij.
+
+A tile of BP positions is NB samples x HP positions (powers of two), so that small and ragged H·W fill it. A layer's
+channels C_t are cut into chunks; a program owns one chunk of the result and goes through all of them for d.
+Samples may be split among channel programs, whose partial sums are then added in order; the number of splits is what
+the workspace of at most a tenth of T allows. A single split writes the result itself and needs none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from l2t_fast.kernels.configs import Config, Kernel, config
+
+WORKSPACE = 0.1  # of the size of T
+REDUCED = 1024  # elements of a program of the reduction
+PROGRAM = 8  # int32 entries of a program in a table, and of a pair
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Shape of a feature [B, C, H, W]."""
+
+    channels: int
+    height: int
+    width: int
+    channels_last: bool
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All that a plan depends on. `pairs` are (source, target), grouped by target."""
+
+    batch: int
+    targets: tuple[Feature, ...]
+    sources: tuple[Feature, ...]
+    pairs: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+    precision: str
+    device: torch.device
+    arch: str
+    processors: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: a program each row of `programs`, compiled for the constants `layers`."""
+
+    programs: Tensor  # [grid, PROGRAM] int32
+    pairs: Tensor  # [pairs, PROGRAM] int32: source, C_s, h, w, channels_last
+    layers: tuple[tuple[int, ...], ...]  # of each target layer: C, H, W, channels_last, CHUNK, BP, HP, FIRST, LAST
+    config: Config
+    block: int  # BS, source channels of a block
+    source_layout: int  # 0 all contiguous, 1 all channels_last, 2 both kinds
+    source_align: int  # the largest power of two up to 16 that divides every C_s
+
+
+@dataclass(frozen=True)
+class ChannelLaunch(Launch):
+    """`workspace` elements for the partial sums of pairs that are split, added by `reduction` [grid, PROGRAM]."""
+
+    workspace: int
+    reduction: Tensor
+
+
+@lru_cache(maxsize=256)
+def position_launch(signature: Signature, adjoint: bool) -> Launch:
+    """Programs (layer, chunk, first sample, tile of its positions) of g_T or v_T, those with the most work first."""
+    chosen = _config(signature, "position", adjoint)
+    layers = _layers(signature, chosen)
+    programs = []
+    for n, (C, H, W, _, chunk, BP, HP, first, last) in enumerate(layers):
+        chunks = _ceil(C, chunk)
+        work = (last - first) * (chunks + 1) * chunk * BP
+        programs += [
+            (work, (n, c, b, tile))
+            for b in range(0, signature.batch, BP // HP)
+            for tile in range(_ceil(H * W, HP))
+            for c in range(chunks)
+        ]
+    programs.sort(key=lambda program: -program[0])
+    return Launch(
+        _table([program for _, program in programs], signature.device),
+        _pair_table(signature),
+        layers,
+        chosen,
+        _block(signature, chosen),
+        *_source_constants(signature),
+    )
+
+
+@lru_cache(maxsize=256)
+def channel_launch(signature: Signature, adjoint: bool, products: bool) -> ChannelLaunch:
+    """Programs (layer, pair, block of channels, chunk, first sample, last sample, offset of the partial sums or -1).
+
+    `products`: with g_r and g_bias; otherwise only sums over positions, which need neither chunks nor a workspace.
+    """
+    chosen = _config(signature, "channel", adjoint)
+    layers = _layers(signature, chosen)
+    block = _block(signature, chosen)
+    blocks = [
+        sum(_ceil(signature.sources[m].channels, block) for m, t in signature.pairs if t == n)
+        for n in range(len(layers))
+    ]
+    chunks = [_ceil(layer[0], layer[4]) if products else 1 for layer in layers]
+    partial = [
+        sum(signature.sources[m].channels * (signature.targets[n].channels + 1) for m, t in signature.pairs if t == n)
+        for n in range(len(layers))
+    ]
+    splits = _splits(
+        work=[
+            (_ceil(C, chunk) + 1) * chunk * _ceil(H * W, HP) * HP * signature.batch if last > first else 0
+            for C, H, W, _, chunk, _, HP, first, last in layers
+        ],
+        programs=[blocks[n] * chunks[n] for n in range(len(layers))],
+        limits=[_ceil(signature.batch, layer[5] // layer[6]) for layer in layers],
+        partial=partial if products else [0] * len(layers),
+        budget=int(WORKSPACE * _elements(signature) * signature.dtype.itemsize / accumulator(signature.dtype).itemsize),
+        goal=chosen.waves * signature.processors,
+    )
+    programs, reduction, workspace = [], [], 0
+    for p, (m, n) in enumerate(signature.pairs):
+        C_s, C_t = signature.sources[m].channels, signature.targets[n].channels
+        size = C_s * (C_t + 1)
+        split = splits[n] > 1 and products
+        samples = _ceil(_ceil(signature.batch, splits[n]), layers[n][5] // layers[n][6]) * (
+            layers[n][5] // layers[n][6]
+        )
+        starts = range(0, signature.batch, samples)
+        for i, b in enumerate(starts):
+            programs += [
+                (n, p, s, c, b, min(b + samples, signature.batch), workspace + i * size if split else -1)
+                for s in range(_ceil(C_s, block))
+                for c in range(chunks[n])
+            ]
+        if split:
+            reduction += [(p, i, C_s * C_t, size, workspace, len(starts)) for i in range(0, size, REDUCED)]
+            workspace += size * len(starts)
+    work = [(_ceil(layer[0], layer[4]) + 1) * layer[4] * layer[1] * layer[2] for layer in layers]
+    programs.sort(key=lambda program: -work[program[0]] * (program[5] - program[4]))
+    return ChannelLaunch(
+        _table(programs, signature.device),
+        _pair_table(signature),
+        layers,
+        chosen,
+        _block(signature, chosen),
+        *_source_constants(signature),
+        workspace,
+        _table(reduction, signature.device),
+    )
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _config(signature: Signature, kernel: Kernel, adjoint: bool) -> Config:
+    channels_last = all(feature.channels_last for feature in (*signature.targets, *signature.sources))
+    return config(signature.arch, signature.dtype, signature.precision, channels_last, kernel, adjoint)
+
+
+def _layers(signature: Signature, chosen: Config) -> tuple[tuple[int, ...], ...]:
+    layers = []
+    for n, feature in enumerate(signature.targets):
+        group = [p for p, (_, t) in enumerate(signature.pairs) if t == n]
+        first, last = (group[0], group[-1] + 1) if group else (0, 0)
+        chunk = min(max(_power(feature.channels), 16), chosen.chunk)
+        BP = chosen.positions_of(chunk)
+        HP = _positions_of_a_sample(feature.area, BP, signature.batch)
+        C, H, W = feature.channels, feature.height, feature.width
+        layers.append((C, H, W, int(feature.channels_last), chunk, BP, HP, first, last))
+    return tuple(layers)
+
+
+def _block(signature: Signature, chosen: Config) -> int:
+    """BS: the largest power of two up to the pinned one that pads the source channels by less than a sixth."""
+    channels = [signature.sources[m].channels for m, _ in signature.pairs]
+
+    def padded(block: int) -> int:
+        return sum(_ceil(C_s, block) * block for C_s in channels)
+
+    candidates = [chosen.channels >> i for i in range(chosen.channels.bit_length()) if chosen.channels >> i >= 16]
+    return next((block for block in candidates if padded(block) < 7 / 6 * sum(channels)), candidates[-1])
+
+
+def _positions_of_a_sample(area: int, BP: int, batch: int) -> int:
+    """HP: the largest power of two that wastes less than an eighth of a tile, or what wastes least."""
+
+    def filled(HP: int) -> float:
+        NB = BP // HP
+        return area * batch / (_ceil(area, HP) * HP * _ceil(batch, NB) * NB)
+
+    candidates = [BP >> i for i in range(BP.bit_length())]
+    return next((HP for HP in candidates if filled(HP) > 7 / 8), max(candidates, key=filled))
+
+
+def _splits(
+    work: Sequence[int],
+    programs: Sequence[int],
+    limits: Sequence[int],
+    partial: Sequence[int],
+    budget: int,
+    goal: int,
+) -> list[int]:
+    """Into how many parts each layer's samples are split: the longest programs first, while the workspace allows."""
+    splits = [1] * len(work)
+
+    def workspace(splits: Sequence[int]) -> int:
+        return sum(size * s for size, s in zip(partial, splits, strict=True) if s > 1)
+
+    while sum(p * s for p, s in zip(programs, splits, strict=True)) < goal:
+        for n in sorted(range(len(work)), key=lambda n: -work[n] / splits[n]):
+            more = [s + (i == n) for i, s in enumerate(splits)]
+            if programs[n] and more[n] <= limits[n] and workspace(more) <= budget:
+                splits = more
+                break
+        else:
+            break
+    return splits
+
+
+def _pair_table(signature: Signature) -> Tensor:
+    sources = [signature.sources[m] for m, _ in signature.pairs]
+    rows = [
+        (m, S.channels, S.height, S.width, int(S.channels_last))
+        for (m, _), S in zip(signature.pairs, sources, strict=True)
+    ]
+    return _table(rows, signature.device)
+
+
+def _source_constants(signature: Signature) -> tuple[int, int]:
+    layouts = {S.channels_last for S in signature.sources}
+    return 2 if len(layouts) == 2 else int(layouts.pop()), gcd(16, *(S.channels for S in signature.sources))
+
+
+def _table(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the matching operators meet these shapes for the first time while a CUDA graph is captured: run them once "
+            "before."
+        )
+    padded = [(*row, *[0] * (PROGRAM - len(row))) for row in rows]
+    return torch.tensor(padded, dtype=torch.int32, device=device).view(-1, PROGRAM)
+
+
+def _elements(signature: Signature) -> int:
+    return signature.batch * sum(T.channels * T.area for T in signature.targets)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,41 @@
+"""Inputs of the matching operators, for the tests of their definition and of their implementations."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int, int]
+
+# (source shapes [C, h, w], target shapes [C, H, W], pairs (m, n))
+CASES: dict[str, tuple[list[Shape], list[Shape], list[tuple[int, int]]]] = {
+    "one pair": ([(3, 4, 4)], [(2, 4, 4)], [(0, 0)]),
+    "up and down": ([(3, 2, 2), (5, 8, 8)], [(4, 4, 4), (2, 1, 1)], [(0, 0), (0, 1), (1, 0), (1, 1)]),
+    "ragged 7/3, not square": ([(3, 3, 2), (1, 7, 5)], [(2, 7, 5), (3, 3, 2)], [(1, 1), (0, 0)]),
+    "an unpaired layer": ([(2, 3, 3)], [(2, 3, 3), (3, 2, 2)], [(0, 1)]),
+    "a pair twice over": ([(2, 3, 3), (2, 3, 3)], [(2, 3, 3)], [(0, 0), (1, 0), (0, 0)]),
+}
+
+
+def random_inputs(
+    sources: Sequence[Shape], targets: Sequence[Shape], pairs: Sequence[tuple[int, int]], batch: int = 3, seed: int = 0
+) -> tuple:
+    """(targets, sources, weights, biases, a, source_of, target_of), float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    return (
+        [rand(batch, *shape) for shape in targets],
+        [rand(batch, *shape) for shape in sources],
+        [rand(sources[m][0], targets[n][0], 1, 1) for m, n in pairs],
+        [rand(sources[m][0]) for m, _ in pairs],
+        [rand(batch, sources[m][0]) for m, _ in pairs],
+        [m for m, _ in pairs],
+        [n for _, n in pairs],
+    )
+
+
+def flat(lists: Iterable[Iterable[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(t for tensors in lists for t in tensors)
