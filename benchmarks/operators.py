@@ -1,6 +1,6 @@
 """Times the matching operators on a GPU, beside PyTorch's own ways to the same: `python -m benchmarks.operators`.
 
-    triton     the fused operators torch.ops.l2t.*
+    triton     the fused operators (kernels/triton_impl.py)
     aten       their formulas in ATen, a batched product a layer (kernels/torch_impl.py)
     eager      the plain loss, pair by pair, and autograd; the adjoint is the backward of its gradient, graph given
     compiled   torch.compile of the plain loss; of the ATen formulas for the adjoint, as it has no double backward
@@ -40,7 +40,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import aot
-from l2t_fast.kernels import configs, ops, plan, torch_impl
+from l2t_fast.kernels import configs, plan, torch_impl, triton_impl
 from l2t_fast.kernels.configs import Config, Kernel, Table
 
 RESULTS = Path(__file__).parent / "results"
@@ -224,7 +224,7 @@ def split(tensors: Iterable[Tensor], lengths: Iterable[int]) -> Outputs:
 def contender(implementation: str, problem: Problem, operator: str) -> Call:
     """A call that computes the operator, made ready as far as its user would have it ready."""
     if implementation == "triton":
-        return partial(formulas, torch.ops.l2t, problem, operator)
+        return partial(formulas, triton_impl, problem, operator)
     if implementation == "aten":
         return partial(formulas, torch_impl, problem, operator)
     if implementation == "eager":
@@ -499,7 +499,7 @@ def compare(arguments: argparse.Namespace, device: torch.device, metadata: Row) 
         with compilers() as pool:
             wait([pool.submit(compile_ahead, *job, device.index, None) for job in work])
         print(f"compiled the kernels in {perf_counter() - start:.0f} s", flush=True)
-    triton_runs = device.type == "cuda" or ops.implementation is not _DISPATCH
+    triton_runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     compile_left = arguments.compile_seconds
     print(HEADER, flush=True)
     for case, precision, operator in work:
@@ -538,7 +538,7 @@ def compile_ahead(case: str, precision: str, operator: str, index: int, table: T
     if table is not None:
         install(architecture(device), table)
     set_precision(precision)
-    formulas(torch.ops.l2t, random_problem(case, precision, device), operator)
+    formulas(triton_impl, random_problem(case, precision, device), operator)
     torch.cuda.synchronize()
 
 
@@ -680,9 +680,6 @@ def commit() -> str:
     return revision + "+" * bool(git("status", "--porcelain", ":/", ":!results")) if revision else "unknown"
 
 
-_DISPATCH = ops.implementation
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda (default) or cpu")
@@ -708,10 +705,6 @@ def main() -> None:
         # The first product of a thread, autograd's too, allocates a workspace that stays: no contender's own.
         x = torch.ones(16, 16, device=device, requires_grad=True)
         (x @ x).sum().backward()
-    elif os.environ.get("TRITON_INTERPRET") == "1":
-        from l2t_fast.kernels import triton_impl
-
-        ops.implementation = lambda feature: triton_impl if feature.dtype != torch.float64 else torch_impl
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     name = "tune" if arguments.tune else "operators"
     arguments.cases = arguments.cases or ["imagenet", "cifar", *([] if arguments.tune else ["four-source"])]

@@ -66,7 +66,21 @@ _HOPPER: Table = {
 _AMPERE: Table = {
     **_HOPPER,
     ("position", False, "bf16"): Config(128, 64 * 128, 64, 32, 64, warps=4, stages=2),
-    ("position", True, "bf16"): Config(64, 64 * 64, 64, 32, 64, warps=4, stages=2),
+    ("position", True, "bf16"): Config(64, 64 * 64, 64, 16, 64, warps=4, stages=2),
+    ("channel", True, "bf16"): Config(64, 64 * 64, 64, 16, 64, warps=4, stages=2),
+    ("channel", True, "tf32"): Config(32, 64 * 32, 64, 16, 32, warps=4, stages=2),
+    ("position", False, "scattered"): Config(64, 64 * 64, 64, 16, 64, warps=8, stages=1),
+    ("position", True, "scattered"): Config(64, 64 * 64, 64, 16, 32, warps=4, stages=2),
+    ("channel", False, "scattered"): Config(64, 64 * 64, 64, 16, 64, warps=8, stages=1),
+    ("channel", True, "scattered"): Config(64, 64 * 64, 64, 16, 32, warps=8, stages=2),
+    ("position", False, "ieee"): Config(16, 32 * 16, 32, 16, 16, warps=4, stages=1),
+}
+_BLACKWELL: Table = {
+    **_HOPPER,
+    ("position", False, "bf16"): Config(128, 64 * 128, 64, 32, 64, warps=4, stages=2),
+    ("position", False, "tf32"): Config(64, 64 * 64, 64, 16, 32, warps=4, stages=2),
+    ("position", True, "scattered"): Config(32, 64 * 32, 64, 16, 32, warps=4, stages=1),
+    ("channel", True, "scattered"): Config(64, 64 * 64, 64, 16, 64, warps=8, stages=1),
 }
 _CDNA3: Table = {
     **_HOPPER,
@@ -81,7 +95,7 @@ _INTERPRETER: Table = {key: Config(64, 32 * 64, 64, 32, 32, warps=1, stages=1, w
 CONFIGS: dict[str, Table] = {
     "sm_80": _AMPERE,
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "gfx942": _CDNA3,
     "interpreter": _INTERPRETER,
 }

@@ -34,8 +34,13 @@ Grads = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def implementation(feature: Tensor) -> "ModuleType":
-    """The module that computes: Triton on CUDA, ATen elsewhere and for float64, whose use is to check."""
-    if feature.is_cuda and feature.dtype in (torch.float32, torch.bfloat16):
+    """The module that computes: Triton where CUDA has tensor cores for it, in bfloat16 and TF32; ATen elsewhere.
+
+    Without tensor cores Triton's products keep so little in registers that d would be formed many times over; cuBLAS's
+    are the better ones. Float64 is there to check with.
+    """
+    tf32 = feature.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if feature.is_cuda and (feature.dtype == torch.bfloat16 or tf32):
         from l2t_fast.kernels import triton_impl
 
         return triton_impl

@@ -182,7 +182,7 @@ def _layers(signature: Signature, chosen: Config) -> tuple[tuple[int, ...], ...]
         first, last = (group[0], group[-1] + 1) if group else (0, 0)
         chunk = min(max(_power(feature.channels), 16), chosen.chunk)
         BP = chosen.positions_of(chunk)
-        HP = _positions_of_a_sample(feature.area, BP, signature.batch)
+        HP = _positions_of_a_sample(feature.area, BP)
         C, H, W = feature.channels, feature.height, feature.width
         layers.append((C, H, W, int(feature.channels_last), chunk, BP, HP, first, last))
     return tuple(layers)
@@ -199,15 +199,13 @@ def _block(signature: Signature, chosen: Config) -> int:
     return next((block for block in candidates if padded(block) < 7 / 6 * sum(channels)), candidates[-1])
 
 
-def _positions_of_a_sample(area: int, BP: int, batch: int) -> int:
-    """HP: the largest power of two that wastes less than an eighth of a tile, or what wastes least."""
+def _positions_of_a_sample(area: int, BP: int) -> int:
+    """HP: the largest power of two that wastes less than an eighth of a tile.
 
-    def filled(HP: int) -> float:
-        NB = BP // HP
-        return area * batch / (_ceil(area, HP) * HP * _ceil(batch, NB) * NB)
-
+    Whatever the batch: it is a constant of the kernels, which a smaller last batch must not compile anew.
+    """
     candidates = [BP >> i for i in range(BP.bit_length())]
-    return next((HP for HP in candidates if filled(HP) > 7 / 8), max(candidates, key=filled))
+    return next(HP for HP in candidates if area / (_ceil(area, HP) * HP) > 7 / 8)
 
 
 def _splits(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2t_fast import L2T, Engine, L2TError, bilevel, inner
+from l2t_fast.kernels import ops, triton_impl
 from l2t_fast.models import build_model, default_layers
 from l2t_fast.reference import Reference
 from l2t_fast.transfer import cotangents
@@ -724,3 +725,23 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         with pytest.raises(L2TError):
             engine.load_state_dict({**state, "theta": {n: p + 1 for n, p in before.items()}, **wrong})
         assert all(torch.equal(engine_state["theta"][name], p) for name, p in before.items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter runs Triton in float64")
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+def test_triton_operators_change_nothing(memory: bilevel.Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They get the source features unresized, here of half and twice the target's resolution too."""
+
+    def trained() -> tuple[Tensors, dict[str, Any]]:
+        engine = Engine(small_learner(), memory=memory)
+        engine.step(X, Y)
+        return engine.meta_gradient(X, Y), everything(engine)
+
+    theirs, after = trained()
+    monkeypatch.setattr(ops, "implementation", lambda feature: triton_impl)
+    learner = small_learner()
+    S = learner.source_features(X)
+    assert [x.data_ptr() for x in learner.matching_sources(S, X)[0]] == [x.data_ptr() for x in S]
+    ours, ours_after = trained()
+    assert_close(ours, theirs)
+    assert_close(ours_after["parameters"], after["parameters"])

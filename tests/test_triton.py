@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -463,10 +464,24 @@ def test_plans_split_samples() -> None:
         assert max(parts.values()) > 1 or case == "one sample"
 
 
-def test_dispatch() -> None:
-    for dtype, there in ((torch.float32, triton_impl), (torch.bfloat16, triton_impl), (torch.float64, torch_impl)):
-        here = torch_impl if INTERPRETED else there
-        assert ops.implementation(torch.empty(0, device=DEVICE, dtype=dtype)) is here
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "precision", "expected"),
+    [
+        (True, torch.bfloat16, "highest", triton_impl),
+        (True, torch.float32, "high", triton_impl),
+        (True, torch.float32, "highest", torch_impl),
+        (True, torch.float64, "high", torch_impl),
+        (False, torch.bfloat16, "high", torch_impl),
+        (False, torch.float32, "high", torch_impl),
+    ],
+)
+def test_dispatch(is_cuda: bool, dtype: torch.dtype, precision: str, expected: Any) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert ops.implementation(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) is expected
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
