@@ -40,7 +40,7 @@ def implementation(feature: Tensor) -> "ModuleType":
     are the better ones. Float64 is there to check with.
     """
     tf32 = feature.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if feature.is_cuda and (feature.dtype == torch.bfloat16 or tf32):
+    if feature.is_cuda and feature.numel() and (feature.dtype == torch.bfloat16 or tf32):
         from l2t_fast.kernels import triton_impl
 
         return triton_impl

@@ -15,8 +15,9 @@ the workspace of at most a tenth of T allows. A single split writes the result i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,13 +58,40 @@ class Signature:
     processors: int
 
 
+class Layer(NamedTuple):
+    """The constants of a target layer that kernels are compiled for, in the order in which they read them."""
+
+    C: int
+    H: int
+    W: int
+    channels_last: int
+    CHUNK: int
+    BP: int
+    HP: int
+    FIRST: int  # pair
+    LAST: int  # pair after the last
+
+    @property
+    def NB(self) -> int:
+        return self.BP // self.HP
+
+    @property
+    def chunks(self) -> int:
+        return _ceil(self.C, self.CHUNK)
+
+    @property
+    def tiles(self) -> int:
+        """Of one sample or of NB."""
+        return _ceil(self.H * self.W, self.HP)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch: a program each row of `programs`, compiled for the constants `layers`."""
 
     programs: Tensor  # [grid, PROGRAM] int32
     pairs: Tensor  # [pairs, PROGRAM] int32: source, C_s, h, w, channels_last
-    layers: tuple[tuple[int, ...], ...]  # of each target layer: C, H, W, channels_last, CHUNK, BP, HP, FIRST, LAST
+    layers: tuple[Layer, ...]
     config: Config
     block: int  # BS, source channels of a block
     source_layout: int  # 0 all contiguous, 1 all channels_last, 2 both kinds
@@ -78,24 +106,22 @@ class ChannelLaunch(Launch):
     reduction: Tensor
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: CUDA graphs hold the tables' addresses
 def position_launch(signature: Signature, adjoint: bool) -> Launch:
     """Programs (layer, chunk, first sample, tile of its positions) of g_T or v_T, those with the most work first."""
     chosen = _config(signature, "position", adjoint)
     layers = _layers(signature, chosen)
-    programs = []
-    for n, (C, H, W, _, chunk, BP, HP, first, last) in enumerate(layers):
-        chunks = _ceil(C, chunk)
-        work = (last - first) * (chunks + 1) * chunk * BP
-        programs += [
-            (work, (n, c, b, tile))
-            for b in range(0, signature.batch, BP // HP)
-            for tile in range(_ceil(H * W, HP))
-            for c in range(chunks)
-        ]
-    programs.sort(key=lambda program: -program[0])
+    programs = [
+        (n, chunk, b, tile)
+        for n, layer in enumerate(layers)
+        for b in range(0, signature.batch, layer.NB)
+        for tile in range(layer.tiles)
+        for chunk in range(layer.chunks)
+    ]
+    work = [(layer.LAST - layer.FIRST) * (layer.chunks + 1) * layer.CHUNK * layer.BP for layer in layers]
+    programs.sort(key=lambda program: -work[program[0]])
     return Launch(
-        _table([program for _, program in programs], signature.device),
+        _table(programs, signature.device),
         _pair_table(signature),
         layers,
         chosen,
@@ -104,7 +130,7 @@ def position_launch(signature: Signature, adjoint: bool) -> Launch:
     )
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: CUDA graphs hold the tables' addresses
 def channel_launch(signature: Signature, adjoint: bool, products: bool) -> ChannelLaunch:
     """Programs (layer, pair, block of channels, chunk, first sample, last sample, offset of the partial sums or -1).
 
@@ -113,52 +139,42 @@ def channel_launch(signature: Signature, adjoint: bool, products: bool) -> Chann
     chosen = _config(signature, "channel", adjoint)
     layers = _layers(signature, chosen)
     block = _block(signature, chosen)
-    blocks = [
-        sum(_ceil(signature.sources[m].channels, block) for m, t in signature.pairs if t == n)
-        for n in range(len(layers))
-    ]
-    chunks = [_ceil(layer[0], layer[4]) if products else 1 for layer in layers]
-    partial = [
-        sum(signature.sources[m].channels * (signature.targets[n].channels + 1) for m, t in signature.pairs if t == n)
-        for n in range(len(layers))
-    ]
+    blocks = [_ceil(signature.sources[m].channels, block) for m, _ in signature.pairs]
+    sizes = [signature.sources[m].channels * (signature.targets[n].channels + 1) for m, n in signature.pairs]
+    chunks = [layer.chunks if products else 1 for layer in layers]
+    # Of one program and one sample: d goes through all chunks, a product adds one.
+    work = [layer.tiles * layer.HP * (layer.chunks + products) * layer.CHUNK for layer in layers]
+    itemsize = accumulator(signature.dtype).itemsize
     splits = _splits(
-        work=[
-            (_ceil(C, chunk) + 1) * chunk * _ceil(H * W, HP) * HP * signature.batch if last > first else 0
-            for C, H, W, _, chunk, _, HP, first, last in layers
-        ],
-        programs=[blocks[n] * chunks[n] for n in range(len(layers))],
-        limits=[_ceil(signature.batch, layer[5] // layer[6]) for layer in layers],
-        partial=partial if products else [0] * len(layers),
-        budget=int(WORKSPACE * _elements(signature) * signature.dtype.itemsize / accumulator(signature.dtype).itemsize),
+        work=[w * signature.batch for w in work],
+        programs=[sum(blocks[layer.FIRST : layer.LAST]) * c for layer, c in zip(layers, chunks, strict=True)],
+        limits=[_ceil(signature.batch, layer.NB) for layer in layers],
+        partial=[sum(sizes[layer.FIRST : layer.LAST]) * products for layer in layers],
+        budget=int(WORKSPACE * _elements(signature) * signature.dtype.itemsize / itemsize),
         goal=chosen.waves * signature.processors,
     )
     programs, reduction, workspace = [], [], 0
     for p, (m, n) in enumerate(signature.pairs):
-        C_s, C_t = signature.sources[m].channels, signature.targets[n].channels
-        size = C_s * (C_t + 1)
-        split = splits[n] > 1 and products
-        samples = _ceil(_ceil(signature.batch, splits[n]), layers[n][5] // layers[n][6]) * (
-            layers[n][5] // layers[n][6]
-        )
+        samples = _ceil(_ceil(signature.batch, splits[n]), layers[n].NB) * layers[n].NB
         starts = range(0, signature.batch, samples)
-        for i, b in enumerate(starts):
-            programs += [
-                (n, p, s, c, b, min(b + samples, signature.batch), workspace + i * size if split else -1)
-                for s in range(_ceil(C_s, block))
-                for c in range(chunks[n])
-            ]
+        split = products and len(starts) > 1
+        programs += [
+            (n, p, s, c, b, min(b + samples, signature.batch), workspace + i * sizes[p] if split else -1)
+            for i, b in enumerate(starts)
+            for s in range(blocks[p])
+            for c in range(chunks[n])
+        ]
         if split:
-            reduction += [(p, i, C_s * C_t, size, workspace, len(starts)) for i in range(0, size, REDUCED)]
-            workspace += size * len(starts)
-    work = [(_ceil(layer[0], layer[4]) + 1) * layer[4] * layer[1] * layer[2] for layer in layers]
+            n_r = signature.sources[m].channels * signature.targets[n].channels
+            reduction += [(p, i, n_r, sizes[p], workspace, len(starts)) for i in range(0, sizes[p], REDUCED)]
+            workspace += sizes[p] * len(starts)
     programs.sort(key=lambda program: -work[program[0]] * (program[5] - program[4]))
     return ChannelLaunch(
         _table(programs, signature.device),
         _pair_table(signature),
         layers,
         chosen,
-        _block(signature, chosen),
+        block,
         *_source_constants(signature),
         workspace,
         _table(reduction, signature.device),
@@ -175,16 +191,15 @@ def _config(signature: Signature, kernel: Kernel, adjoint: bool) -> Config:
     return config(signature.arch, signature.dtype, signature.precision, channels_last, kernel, adjoint)
 
 
-def _layers(signature: Signature, chosen: Config) -> tuple[tuple[int, ...], ...]:
+def _layers(signature: Signature, chosen: Config) -> tuple[Layer, ...]:
     layers = []
-    for n, feature in enumerate(signature.targets):
+    for n, T in enumerate(signature.targets):
         group = [p for p, (_, t) in enumerate(signature.pairs) if t == n]
         first, last = (group[0], group[-1] + 1) if group else (0, 0)
-        chunk = min(max(_power(feature.channels), 16), chosen.chunk)
+        chunk = min(max(_power(T.channels), 16), chosen.chunk)
         BP = chosen.positions_of(chunk)
-        HP = _positions_of_a_sample(feature.area, BP)
-        C, H, W = feature.channels, feature.height, feature.width
-        layers.append((C, H, W, int(feature.channels_last), chunk, BP, HP, first, last))
+        HP = _positions_of_a_sample(T.area, BP)
+        layers.append(Layer(T.channels, T.height, T.width, int(T.channels_last), chunk, BP, HP, first, last))
     return tuple(layers)
 
 
@@ -216,21 +231,26 @@ def _splits(
     budget: int,
     goal: int,
 ) -> list[int]:
-    """Into how many parts each layer's samples are split: the longest programs first, while the workspace allows."""
+    """Into how many parts each layer's samples are split, while the workspace allows.
+
+    The longest programs first, until there are `goal` and none is so long that it would end alone.
+    """
     splits = [1] * len(work)
+    fair = sum(w * p for w, p in zip(work, programs, strict=True)) / goal
 
-    def workspace(splits: Sequence[int]) -> int:
-        return sum(size * s for size, s in zip(partial, splits, strict=True) if s > 1)
+    def allowed(n: int) -> bool:
+        more = [s + (i == n) for i, s in enumerate(splits)]
+        workspace = sum(size * s for size, s in zip(partial, more, strict=True) if s > 1)
+        return programs[n] > 0 and more[n] <= limits[n] and workspace <= budget
 
-    while sum(p * s for p, s in zip(programs, splits, strict=True)) < goal:
-        for n in sorted(range(len(work)), key=lambda n: -work[n] / splits[n]):
-            more = [s + (i == n) for i, s in enumerate(splits)]
-            if programs[n] and more[n] <= limits[n] and workspace(more) <= budget:
-                splits = more
-                break
-        else:
-            break
-    return splits
+    while True:
+        enough = sum(p * s for p, s in zip(programs, splits, strict=True)) >= goal
+        longest = sorted(range(len(work)), key=lambda n: -work[n] / splits[n])
+        longest = [n for n in longest if not enough or work[n] / splits[n] > 1.25 * fair]
+        n = next(filter(allowed, longest), None)
+        if n is None:
+            return splits
+        splits[n] += 1
 
 
 def _pair_table(signature: Signature) -> Tensor:
@@ -251,7 +271,7 @@ def _table(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the matching operators meet these shapes for the first time while a CUDA graph is captured: run them once "
-            "before."
+            "before, with the same arguments."
         )
     padded = [(*row, *[0] * (PROGRAM - len(row))) for row in rows]
     return torch.tensor(padded, dtype=torch.int32, device=device).view(-1, PROGRAM)

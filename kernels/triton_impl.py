@@ -111,8 +111,8 @@ def _sum_positions(
     flags = {"PRODUCTS": bool(r_products), "SUMS": bool(sums)}
     arguments = _arguments(primal, u, launch) | outputs | flags | {"workspace": workspace}
     _launch(channel_kernel, launch.programs, arguments, launch.config.warps, launch.config.stages)
-    del outputs["sums"]
-    arguments = {"workspace": workspace, **outputs, "programs": launch.reduction, "BLOCK": REDUCED}
+    arguments = {name: outputs[name] for name in ("r_outputs", "bias_outputs")}
+    arguments |= {"workspace": workspace, "programs": launch.reduction, "BLOCK": REDUCED}
     _launch(reduction_kernel, launch.reduction, arguments, warps=4, stages=1)
 
 
@@ -130,7 +130,7 @@ def _arguments(primal: _Primal, u: _Direction | None, launch: Launch) -> dict[st
         "cotangents": primal.cotangents,
         "programs": launch.programs,
         "pairs": launch.pairs,
-        "LAYERS": launch.layers,
+        "LAYERS": tuple(map(tuple, launch.layers)),
         "BS": launch.block,
         "STEP": launch.config.step,
         "ADJOINT": u is not None,

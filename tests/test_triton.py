@@ -465,21 +465,22 @@ def test_plans_split_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_cuda", "dtype", "precision", "expected"),
+    ("is_cuda", "dtype", "precision", "elements", "expected"),
     [
-        (True, torch.bfloat16, "highest", triton_impl),
-        (True, torch.float32, "high", triton_impl),
-        (True, torch.float32, "highest", torch_impl),
-        (True, torch.float64, "high", torch_impl),
-        (False, torch.bfloat16, "high", torch_impl),
-        (False, torch.float32, "high", torch_impl),
+        (True, torch.bfloat16, "highest", 1, triton_impl),
+        (True, torch.float32, "high", 1, triton_impl),
+        (True, torch.float32, "highest", 1, torch_impl),
+        (True, torch.float64, "high", 1, torch_impl),
+        (True, torch.bfloat16, "highest", 0, torch_impl),
+        (False, torch.bfloat16, "high", 1, torch_impl),
+        (False, torch.float32, "high", 1, torch_impl),
     ],
 )
-def test_dispatch(is_cuda: bool, dtype: torch.dtype, precision: str, expected: Any) -> None:
+def test_dispatch(is_cuda: bool, dtype: torch.dtype, precision: str, elements: int, expected: Any) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        assert ops.implementation(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) is expected
+        assert ops.implementation(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, numel=lambda: elements)) is expected
     finally:
         torch.set_float32_matmul_precision(before)
 
