@@ -46,13 +46,13 @@ class Config:
 Table = dict[tuple[Kernel, bool, str], Config]
 
 _HOPPER: Table = {
-    ("position", False, "bf16"): Config(128, 128 * 128, 128, 64, 64, warps=8, stages=2),
+    ("position", False, "bf16"): Config(256, 64 * 256, 128, 64, 64, warps=8, stages=2),
     ("position", True, "bf16"): Config(128, 128 * 128, 128, 32, 64, warps=8, stages=2),
     ("channel", False, "bf16"): Config(128, 64 * 128, 64, 32, 64, warps=4, stages=3),
-    ("channel", True, "bf16"): Config(64, 64 * 64, 64, 32, 64, warps=4, stages=2),
-    ("position", False, "tf32"): Config(64, 64 * 64, 64, 32, 32, warps=4, stages=2),
+    ("channel", True, "bf16"): Config(128, 64 * 128, 64, 32, 64, warps=8, stages=2),
+    ("position", False, "tf32"): Config(128, 64 * 128, 64, 32, 32, warps=8, stages=2),
     ("position", True, "tf32"): Config(64, 64 * 64, 64, 16, 32, warps=4, stages=2),
-    ("channel", False, "tf32"): Config(64, 64 * 64, 64, 32, 32, warps=8, stages=1),
+    ("channel", False, "tf32"): Config(128, 64 * 128, 64, 32, 32, warps=8, stages=1),
     ("channel", True, "tf32"): Config(64, 64 * 64, 64, 16, 32, warps=8, stages=1),
     ("position", False, "scattered"): Config(64, 64 * 64, 64, 32, 64, warps=8, stages=1),
     ("position", True, "scattered"): Config(64, 64 * 64, 64, 16, 64, warps=8, stages=1),
@@ -65,10 +65,12 @@ _HOPPER: Table = {
 }
 _AMPERE: Table = {
     **_HOPPER,
+    ("position", False, "tf32"): Config(64, 64 * 64, 64, 32, 32, warps=4, stages=2),
+    ("channel", False, "tf32"): Config(64, 64 * 64, 64, 32, 32, warps=8, stages=1),
     ("position", False, "bf16"): Config(128, 64 * 128, 64, 32, 64, warps=4, stages=2),
     ("position", True, "bf16"): Config(64, 64 * 64, 64, 16, 64, warps=4, stages=2),
     ("channel", True, "bf16"): Config(64, 64 * 64, 64, 16, 64, warps=4, stages=2),
-    ("channel", True, "tf32"): Config(32, 64 * 32, 64, 16, 32, warps=4, stages=2),
+    ("channel", True, "tf32"): Config(32, 64 * 32, 64, 16, 32, warps=8, stages=2),
     ("position", False, "scattered"): Config(64, 64 * 64, 64, 16, 64, warps=8, stages=1),
     ("position", True, "scattered"): Config(64, 64 * 64, 64, 16, 32, warps=4, stages=2),
     ("channel", False, "scattered"): Config(64, 64 * 64, 64, 16, 64, warps=8, stages=1),
@@ -77,13 +79,18 @@ _AMPERE: Table = {
 }
 _BLACKWELL: Table = {
     **_HOPPER,
+    ("channel", True, "bf16"): Config(64, 64 * 64, 64, 32, 64, warps=4, stages=2),
+    ("channel", False, "tf32"): Config(64, 64 * 64, 64, 32, 32, warps=8, stages=1),
     ("position", False, "bf16"): Config(128, 64 * 128, 64, 32, 64, warps=4, stages=2),
     ("position", False, "tf32"): Config(64, 64 * 64, 64, 16, 32, warps=4, stages=2),
     ("position", True, "scattered"): Config(32, 64 * 32, 64, 16, 32, warps=4, stages=1),
     ("channel", True, "scattered"): Config(64, 64 * 64, 64, 16, 64, warps=8, stages=1),
+    ("channel", True, "ieee"): Config(16, 32 * 16, 32, 16, 16, warps=4, stages=1),
 }
 _CDNA3: Table = {
     **_HOPPER,
+    ("channel", True, "bf16"): Config(64, 64 * 64, 64, 32, 64, warps=4, stages=2),
+    ("position", False, "tf32"): Config(64, 64 * 64, 64, 32, 32, warps=4, stages=2),
     ("position", False, "bf16"): Config(64, 64 * 64, 64, 32, 64, warps=4, stages=1),
     ("position", True, "bf16"): Config(64, 64 * 64, 64, 16, 64, warps=4, stages=1),
     ("channel", False, "tf32"): Config(64, 64 * 64, 64, 16, 32, warps=8, stages=1),

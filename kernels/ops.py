@@ -19,7 +19,9 @@ be differentiated twice. The adjoint itself is not differentiable (no third orde
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,20 +29,21 @@ from torch.utils.flop_counter import register_flop_formula
 
 from l2t_fast.kernels import torch_impl
 
-if TYPE_CHECKING:
-    from types import ModuleType
+_TRITON = find_spec("triton") is not None  # it is for Linux
 
 Grads = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
-def implementation(feature: Tensor) -> "ModuleType":
+def implementation(feature: Tensor) -> ModuleType:
     """The module that computes: Triton where CUDA has tensor cores for it, in bfloat16 and TF32; ATen elsewhere.
 
     Without tensor cores Triton's products keep so little in registers that d would be formed many times over; cuBLAS's
     are the better ones. Float64 is there to check with.
     """
+    if not _TRITON or not feature.is_cuda or not feature.numel():
+        return torch_impl
     tf32 = feature.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if feature.is_cuda and feature.numel() and (feature.dtype == torch.bfloat16 or tf32):
+    if feature.dtype == torch.bfloat16 or tf32:
         from l2t_fast.kernels import triton_impl
 
         return triton_impl

@@ -149,7 +149,7 @@ def _load_channels(x, s, s_ok, dtype: tl.constexpr):
 @triton.jit
 def _scale(a, C_s, at, s, s_ok, LAYER: tl.constexpr, dtype: tl.constexpr):
     """k a[b0 + b, s], k = 2/HW: [BP, BS], or [1, BS] where the tile has one sample."""
-    b0, b, ok = at[0], at[1], at[3]
+    b0, b, ij, ok = at  # noqa: RUF059
     a += b0.to(tl.int64) * C_s
     if LAYER[5] == LAYER[6]:
         scale = _load_channels(a, s, s_ok, dtype)
