@@ -125,7 +125,7 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
 
     with (
         mock.patch.object(triton_impl, "_launch", record),
-        mock.patch.object(triton_impl, "_device", return_value=(arch, 132)),
+        mock.patch.object(triton_impl, "device_properties", return_value=(arch, 132)),
         mock.patch.object(triton_impl, "_precision", return_value=precision),
     ):
         triton_impl.matching_distances(T, S, r, bias, *of)

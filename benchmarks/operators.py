@@ -21,7 +21,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,6 +39,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import aot
+from benchmarks.metadata import commit
 from l2t_fast.kernels import configs, plan, torch_impl, triton_impl
 from l2t_fast.kernels.configs import Config, Kernel, Table
 
@@ -536,15 +536,10 @@ def compile_ahead(case: str, precision: str, operator: str, index: int, table: T
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     if table is not None:
-        install(architecture(device), table)
+        install(triton_impl.device_properties(device)[0], table)
     set_precision(precision)
     formulas(triton_impl, random_problem(case, precision, device), operator)
     torch.cuda.synchronize()
-
-
-def architecture(device: torch.device) -> str:
-    """As `configs.CONFIGS` names it."""
-    return "interpreter" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def install(arch: str, table: Table) -> None:
@@ -593,7 +588,7 @@ def trials(
     device: torch.device,
 ) -> list[Row]:
     """A row a candidate: the operator's time in each case with these blocks of one kernel, the others as in `table`."""
-    arch, operator, precision = architecture(device), operator_of(key), key[2]
+    arch, operator, precision = triton_impl.device_properties(device)[0], operator_of(key), key[2]
     set_precision(precision)
     rows: list[Row] = [{"key": key, "config": asdict(candidate), "ms": {}} for candidate in candidates]
     for row, candidate in zip(rows, candidates, strict=True):
@@ -631,8 +626,8 @@ def trials(
 def tune(arguments: argparse.Namespace, device: torch.device, metadata: Row) -> None:
     """Moves each kernel's blocks to the fastest of their neighbours, until none is faster."""
     start = perf_counter()
-    arch = architecture(device)
-    table = dict(configs.CONFIGS.get(arch, configs.CONFIGS["sm_80"]))
+    arch, _ = triton_impl.device_properties(device)
+    table = dict(configs.table(arch))
     kernels: tuple[Kernel, ...] = ("position", "channel")
     tried: dict[Key, set[Config]] = {key: set() for key in table}
     for precision in arguments.precisions:
@@ -662,22 +657,6 @@ def tune(arguments: argparse.Namespace, device: torch.device, metadata: Row) -> 
 
 
 # The command
-
-
-def commit() -> str:
-    """The revision, with a + where files differ from it; results do not count."""
-
-    def git(*command: str) -> str:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return ""
-        return done.stdout.strip()
-
-    revision = git("rev-parse", "--short", "HEAD")
-    return revision + "+" * bool(git("status", "--porcelain", ":/", ":!results")) if revision else "unknown"
 
 
 def main() -> None:

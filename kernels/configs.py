@@ -108,12 +108,17 @@ CONFIGS: dict[str, Table] = {
 }
 
 
-def config(arch: str, dtype: torch.dtype, precision: str, channels_last: bool, kernel: Kernel, adjoint: bool) -> Config:
+def table(arch: str) -> Table:
     """The pinned blocks; of an unknown architecture, those of the one with the least shared memory."""
+    return CONFIGS.get(arch, CONFIGS["gfx942"])
+
+
+def config(arch: str, dtype: torch.dtype, precision: str, channels_last: bool, kernel: Kernel, adjoint: bool) -> Config:
+    """The blocks of one kernel."""
     if dtype == torch.bfloat16:
         arithmetic = "bf16" if channels_last else "scattered"
     elif precision == "tf32":
         arithmetic = "tf32" if channels_last else "scattered"
     else:
         arithmetic = "ieee"
-    return CONFIGS.get(arch, CONFIGS["gfx942"])[kernel, adjoint, arithmetic]
+    return table(arch)[kernel, adjoint, arithmetic]

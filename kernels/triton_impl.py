@@ -63,7 +63,7 @@ def _primal(
         T.dtype,
         _precision(T.dtype),
         T.device,
-        *_device(T.device),
+        *device_properties(T.device),
     )
     parameters = (_contiguous(tensors, order) for tensors in (weights, biases, cotangents))
     return _Primal(signature, order, targets, sources, *parameters)
@@ -174,8 +174,8 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[str, int]:
-    """(architecture, multiprocessors)."""
+def device_properties(device: torch.device) -> tuple[str, int]:
+    """(architecture as `configs.CONFIGS` names it, multiprocessors)."""
     if device.type != "cuda":
         return "interpreter", 8
     properties = torch.cuda.get_device_properties(device)
@@ -194,7 +194,8 @@ def matching_distances(
 ) -> list[Tensor]:
     """E; see `l2t_fast.kernels.ops.matching_distances`. One launch."""
     E = [w.new_empty(targets[0].shape[0], w.shape[0]) for w in weights]
-    _sum_positions(_primal(targets, sources, weights, biases, biases, source_of, target_of), None, E)
+    a = biases  # stands in: E does not depend on a
+    _sum_positions(_primal(targets, sources, weights, biases, a, source_of, target_of), None, E)
     return E
 
 

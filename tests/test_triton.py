@@ -136,7 +136,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         key: dataclasses.replace(pinned, chunk=16, tile=256, positions=16, channels=16, step=16, waves=100)
         for key, pinned in configs.CONFIGS["interpreter"].items()
     }
-    monkeypatch.setitem(configs.CONFIGS, triton_impl._device(DEVICE)[0], table)
+    monkeypatch.setitem(configs.CONFIGS, triton_impl.device_properties(DEVICE)[0], table)
     monkeypatch.setattr(plan, "WORKSPACE", 100.0)
     for module in (plan, triton_impl):
         monkeypatch.setattr(module, "REDUCED", 64)
