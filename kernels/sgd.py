@@ -1,0 +1,82 @@
+"""SGD with momentum on all parameters at once: the step, in place or as a function, and its adjoint.
+
+    g = ∇ + wd θ,   v' = μ v + g,   θ' = θ − α v'   (Nesterov: θ' = θ − α (g + μ v'))
+
+as `torch.optim.SGD` (dampening 0). A parameter whose gradient is None has ∇ = 0: momentum and weight decay reach it all
+the same. α is a tensor, so that a schedule changes it under a captured CUDA graph. On CUDA each is one Triton launch
+for up to `triton_sgd.LIMIT` parameters of a kind, and one pass over memory; elsewhere ATen's multi-tensor operations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_TRITON = find_spec("triton") is not None  # it is for Linux
+
+
+@dataclass(frozen=True)
+class SGD:
+    """The rule: μ, wd and Nesterov's form; the learning rate α is given at each step."""
+
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+
+
+def sgd_step(
+    theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(θ', v'). lr: α, a scalar tensor on the device of θ. ∇ may be of lower precision than θ."""
+    if _fused(theta):
+        from l2t_fast.kernels import triton_sgd
+
+        return triton_sgd.step(theta, v, g, lr, rule)
+    grads = [torch.zeros_like(p) if x is None else x for p, x in zip(theta, g, strict=True)]
+    decayed = torch._foreach_add(grads, theta, alpha=rule.weight_decay)
+    new_v = torch._foreach_add(decayed, v, alpha=rule.momentum)
+    update = torch._foreach_add(decayed, new_v, alpha=rule.momentum) if rule.nesterov else new_v
+    return list(torch._foreach_sub(theta, torch._foreach_mul(update, lr))), list(new_v)
+
+
+def sgd_step_(
+    theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD
+) -> None:
+    """The same in place: θ and v become θ' and v'."""
+    if _fused(theta):
+        from l2t_fast.kernels import triton_sgd
+
+        triton_sgd.step(theta, v, g, lr, rule, in_place=True)
+        return
+    new_theta, new_v = sgd_step(theta, v, g, lr, rule)
+    torch._foreach_copy_(list(theta), new_theta)
+    torch._foreach_copy_(list(v), new_v)
+
+
+def sgd_adjoint_(
+    u_theta: Sequence[Tensor], u_v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD
+) -> list[Tensor | None]:
+    """The adjoint of `sgd_step` in the direction (u_θ, u_v): returns ḡ; u_θ and u_v become θ̄ and v̄ in place.
+
+        q = u_v − α u_θ (Nesterov: u_v − α μ u_θ),  ḡ = q (Nesterov: q − α u_θ),  θ̄ = u_θ + wd ḡ,  v̄ = μ q
+
+    ḡ is like g: in its dtype, None where it is None.
+    """
+    if _fused(u_theta):
+        from l2t_fast.kernels import triton_sgd
+
+        return triton_sgd.adjoint(u_theta, u_v, g, lr, rule)
+    step = torch._foreach_mul(u_theta, lr)
+    q = torch._foreach_sub(u_v, step, alpha=rule.momentum if rule.nesterov else 1.0)
+    total = torch._foreach_sub(q, step) if rule.nesterov else q
+    torch._foreach_add_(list(u_theta), total, alpha=rule.weight_decay)
+    g_bar = [None if x is None else p.to(x.dtype) for p, x in zip(total, g, strict=True)]
+    torch._foreach_copy_(list(u_v), torch._foreach_mul(q, rule.momentum))
+    return g_bar
+
+
+def _fused(tensors: Sequence[Tensor]) -> bool:
+    dense = torch._prims_common.is_non_overlapping_and_dense
+    return _TRITON and bool(tensors) and tensors[0].is_cuda and all(map(dense, tensors))
