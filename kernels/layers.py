@@ -6,11 +6,13 @@ Here both are made of the kernels of the first order. In the formulas u is the c
 its adjoint gives.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2t_fast.errors import L2TError
@@ -22,19 +24,40 @@ def replace_layers(network: nn.Module) -> None:
     """Gives the convolutions and BatchNorms of a feature extractor their second order written out here, in place.
 
     `network` is what torchvision's `create_feature_extractor` made. Its layers of exact type `nn.Conv2d` (zero padding
-    by a number) and `nn.BatchNorm2d` (affine) are replaced by twins that share their parameters, buffers and hooks,
-    also after `.to()` of either. Only the extractor's own containers change: the module it was made of keeps its
-    layers. A call that a twin does not cover (BatchNorm in evaluation mode, half precision, autocast, an unbatched
+    by a number), `nn.BatchNorm2d` (affine) and `nn.Linear` are replaced by twins that share their parameters, buffers
+    and hooks, also after `.to()` of either. Only the extractor's own containers change: the module it was made of keeps
+    its layers. A call that a twin does not cover (BatchNorm in evaluation mode, half precision, autocast, an unbatched
     image) runs the ordinary forward pass.
 
     Raises:
         L2TError: in the backward pass, for a derivative of third order.
     """
+    _replace(network, _replacement)
+
+
+def without_statistics(network: nn.Module) -> nn.Module:
+    """A view of a network after `replace_layers`, in training mode, whose BatchNorms leave running statistics alone.
+
+    It shares everything with `network`. For simulated passes: their statistics would be thrown away.
+    """
+    view = copy.copy(network)  # of an fx.GraphModule: containers of its own, the same layers
+    _replace(view, lambda layer: BatchStatistics2d if type(layer) is BatchNorm2d else None)
+    return view
+
+
+def running_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The named buffers that a forward pass in training mode may change."""
+    for prefix, module in network.named_modules():
+        if type(module) is not BatchStatistics2d:
+            yield from module.named_buffers(prefix, recurse=False)
+
+
+def _replace(network: nn.Module, kind_of: Callable[[nn.Module], type[nn.Module] | None]) -> None:
     twins: dict[nn.Module, nn.Module] = {}  # a layer used under two names has one twin
     containers = [m for m in network.modules() if m is network or type(m) is nn.Module]
     for container in containers:
         for name, layer in container.named_children():
-            kind = _replacement(layer)
+            kind = kind_of(layer)
             if kind is not None:
                 if layer not in twins:
                     twins[layer] = kind.__new__(kind)
@@ -47,30 +70,51 @@ def _replacement(layer: nn.Module) -> type[nn.Module] | None:
         return Conv2d
     if type(layer) is nn.BatchNorm2d and layer.affine:
         return BatchNorm2d
+    if type(layer) is nn.Linear:
+        return Linear
     return None
 
 
+def half_parameters(network: nn.Module) -> list[str]:
+    """Names of the parameters to compute with in bfloat16: all but those of BatchNorm, whose kernels take both."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in network.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p.dtype == torch.float32 and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+
+
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` with zero padding by a number; twice differentiable."""
+    """`nn.Conv2d` with zero padding by a number; twice differentiable. Computes in the dtype of its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _covered(input, self.weight):
+        input = _as_weight(input, self.weight)
+        if input.dim() != 4 or input.dtype != self.weight.dtype or _autocast(input):
             return super().forward(input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return convolution(input, self.weight, self.bias, *geometry)  # type: ignore[no-any-return]
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """Affine `nn.BatchNorm2d`; twice differentiable in training mode."""
+class Linear(nn.Linear):
+    """`nn.Linear` that computes in the dtype of its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        several = input.numel() > input.shape[1]  # the ordinary forward pass raises for one value per channel
-        if not (self.training and self.track_running_stats and several and _covered(input, self.weight)):
+        return super().forward(_as_weight(input, self.weight))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Affine `nn.BatchNorm2d`; twice differentiable in training mode. Takes bfloat16 beside float32 parameters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _normalises(self, input):
             return super().forward(input)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        y, mean, variance = batch_norm(input, self.weight, self.bias, self.eps)
+        y, mean, rstd = batch_norm(input, self.weight, self.bias, self.eps)
+        count = input.numel() // input.shape[1]
+        variance = (rstd.pow(-2) - self.eps) * (count / (count - 1))  # unbiased
         self.num_batches_tracked.add_(1)
         momentum = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
@@ -78,9 +122,68 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y  # type: ignore[no-any-return]
 
 
-def _covered(x: Tensor, weight: Tensor) -> bool:
-    full = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    return x.dim() == 4 and full and not torch.is_autocast_enabled(x.device.type)
+class BatchStatistics2d(BatchNorm2d):
+    """The same with running statistics left alone, in training mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _normalises(self, input):
+            return batch_norm(input, self.weight, self.bias, self.eps)[0]  # type: ignore[no-any-return]
+        # Without running statistics of its own the ordinary pass has none to change.
+        momentum = self.momentum or 0.0
+        return F.batch_norm(input, None, None, self.weight, self.bias, True, momentum, self.eps)
+
+
+def _normalises(layer: nn.BatchNorm2d, x: Tensor) -> bool:
+    several = x.numel() > x.shape[1]  # the ordinary forward pass raises for one value per channel
+    full = layer.weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
+    mixed = layer.weight.dtype == torch.float32 and x.dtype == torch.bfloat16
+    tracked = layer.training and layer.track_running_stats
+    return tracked and several and x.dim() == 4 and (full or mixed) and not _autocast(x)
+
+
+def _as_weight(x: Tensor, weight: Tensor) -> Tensor:
+    """x where the parameters are bfloat16 as well: some layer before, or a sum with a buffer, may have made it wide."""
+    wide = weight.dtype == torch.bfloat16 and x.dtype == torch.float32 and not _autocast(x)
+    return x.to(weight.dtype) if wide else x
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+# Parameters in lower precision, all at once: many small casts would cost a launch each.
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies of the tensors in another dtype, differentiable."""
+    return Cast.apply(dtype, *tensors)  # type: ignore[no-any-return]
+
+
+class Cast(torch.autograd.Function):
+    """(dtype, *x) -> copies in that dtype, laid out in memory as x."""
+
+    @staticmethod
+    def forward(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _copies(dtype, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.dtypes = [t.dtype for t in inputs[1:]]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> Any:
+        given = [g for g in u if g is not None]
+        wide = iter(_copies(ctx.dtypes[0], given))
+        return None, *(None if g is None else next(wide) for g in u)
+
+
+def _copies(dtype: torch.dtype, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)
 
 
 # Dynamo, tracing a Function inside torch.func.vjp by itself, silently loses the second order; AOTAutograd does not.
@@ -94,9 +197,8 @@ def convolution(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Te
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [B, C, H, W], mean [C], unbiased variance [C]) with the batch statistics of x [B, C, H, W]."""
-    y, mean, variance, _ = BatchNorm.apply(x, gamma, beta, eps)
-    return y, mean, variance
+    """(y [B, C, H, W], mean [C], 1/σ [C]) with the batch statistics of x [B, C, H, W]."""
+    return BatchNorm.apply(x, gamma, beta, eps)  # type: ignore[no-any-return]
 
 
 class Convolution(torch.autograd.Function):
@@ -177,23 +279,21 @@ def _convolve_backward(
 
 
 class BatchNorm(torch.autograd.Function):
-    """(x [B, C, H, W], γ [C], β [C], ε) -> (y, mean [C], unbiased variance [C], 1/σ [C]), with batch statistics.
+    """(x [B, C, H, W], γ [C], β [C], ε) -> (y, mean [C], 1/σ [C]), with batch statistics.
 
     y = γ x̂ + β,  x̂ = (x − μ)/σ,  σ² = var(x) + ε.  Only y is differentiable.
     """
 
     @staticmethod
-    def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # With momentum 1 the running statistics become those of the batch, whatever they were.
-        old = torch.zeros_like(gamma)
-        y, mean, rstd, _, variance = _aten._native_batch_norm_legit_functional(x, gamma, beta, old, old, True, 1.0, eps)
-        return y, mean, variance, rstd
+    def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = _aten._native_batch_norm_legit.no_stats(x, gamma, beta, True, 0.0, eps)
+        return y, mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, gamma, _, _ = inputs
-        _, mean, variance, rstd = output
-        ctx.mark_non_differentiable(mean, variance, rstd)
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
         ctx.save_for_backward(x, gamma, mean, rstd)
 
     @staticmethod
@@ -269,10 +369,10 @@ def _normalize_backward(
 def _combine(terms: Sequence[tuple[Tensor, Tensor]], constant: Tensor) -> Tensor:
     """Σ coefficient_c term_c + constant_c, channel by channel, in one pass over memory a term: [B, C, H, W]."""
     (first, coefficient), *rest = terms
-    total = torch.addcmul(constant[:, None, None], first, coefficient[:, None, None])
+    total = torch.addcmul(constant[:, None, None], first, coefficient[:, None, None])  # in the dtype of the statistics
     for term, coefficient in rest:
         total.addcmul_(term, coefficient[:, None, None])
-    return total
+    return total.to(first.dtype)
 
 
 class _Last(torch.autograd.Function):

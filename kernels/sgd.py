@@ -35,15 +35,13 @@ def sgd_step(
 
         return triton_sgd.step(theta, v, g, lr, rule)
     grads = [torch.zeros_like(p) if x is None else x for p, x in zip(theta, g, strict=True)]
-    decayed = torch._foreach_add(grads, theta, alpha=rule.weight_decay)
-    new_v = torch._foreach_add(decayed, v, alpha=rule.momentum)
+    decayed = torch._foreach_add(grads, list(theta), alpha=rule.weight_decay)
+    new_v = torch._foreach_add(decayed, list(v), alpha=rule.momentum)
     update = torch._foreach_add(decayed, new_v, alpha=rule.momentum) if rule.nesterov else new_v
-    return list(torch._foreach_sub(theta, torch._foreach_mul(update, lr))), list(new_v)
+    return list(torch._foreach_sub(list(theta), torch._foreach_mul(update, lr))), list(new_v)
 
 
-def sgd_step_(
-    theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD
-) -> None:
+def sgd_step_(theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD) -> None:
     """The same in place: θ and v become θ' and v'."""
     if _fused(theta):
         from l2t_fast.kernels import triton_sgd
@@ -56,27 +54,30 @@ def sgd_step_(
 
 
 def sgd_adjoint_(
-    u_theta: Sequence[Tensor], u_v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD
+    u_theta: Sequence[Tensor], u_v: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], lr: Tensor, rule: SGD
 ) -> list[Tensor | None]:
     """The adjoint of `sgd_step` in the direction (u_θ, u_v): returns ḡ; u_θ and u_v become θ̄ and v̄ in place.
 
         q = u_v − α u_θ (Nesterov: u_v − α μ u_θ),  ḡ = q (Nesterov: q − α u_θ),  θ̄ = u_θ + wd ḡ,  v̄ = μ q
 
-    ḡ is like g: in its dtype, None where it is None.
+    dtypes: those of ∇, and so of ḡ; None where there is none. u_θ and u_v are alike in memory.
     """
     if _fused(u_theta):
         from l2t_fast.kernels import triton_sgd
 
-        return triton_sgd.adjoint(u_theta, u_v, g, lr, rule)
-    step = torch._foreach_mul(u_theta, lr)
-    q = torch._foreach_sub(u_v, step, alpha=rule.momentum if rule.nesterov else 1.0)
+        return triton_sgd.adjoint(u_theta, u_v, dtypes, lr, rule)
+    step = torch._foreach_mul(list(u_theta), lr)
+    q = torch._foreach_sub(list(u_v), step, alpha=rule.momentum if rule.nesterov else 1.0)
     total = torch._foreach_sub(q, step) if rule.nesterov else q
     torch._foreach_add_(list(u_theta), total, alpha=rule.weight_decay)
-    g_bar = [None if x is None else p.to(x.dtype) for p, x in zip(total, g, strict=True)]
+    g_bar = [None if dtype is None else p.to(dtype) for p, dtype in zip(total, dtypes, strict=True)]
     torch._foreach_copy_(list(u_v), torch._foreach_mul(q, rule.momentum))
     return g_bar
 
 
 def _fused(tensors: Sequence[Tensor]) -> bool:
-    dense = torch._prims_common.is_non_overlapping_and_dense
-    return _TRITON and bool(tensors) and tensors[0].is_cuda and all(map(dense, tensors))
+    return _TRITON and bool(tensors) and tensors[0].is_cuda and all(map(_dense, tensors))
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))

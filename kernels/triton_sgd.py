@@ -28,10 +28,8 @@ def _row(programs):
 
 @triton.jit
 def _load(x, o, n, WHOLE: tl.constexpr, dtype: tl.constexpr):
-    if WHOLE:
-        value = tl.load(x + o)  # unmasked, so that 16 bytes are read at a time
-    else:
-        value = tl.load(x + o, mask=o < n, other=0.0)
+    # Unmasked where it may, so that 16 bytes are read at a time.
+    value = tl.load(x + o) if WHOLE else tl.load(x + o, mask=o < n, other=0.0)
     return value.to(dtype)
 
 
@@ -91,7 +89,12 @@ def step_kernel(
 ):
     """θ' and v' of one block of one of N parameters; without GRADIENT, g is not read."""
     i, first, n = _row(programs)
-    theta, v, new_theta, new_v = _pick(theta, i, 0, N), _pick(v, i, 0, N), _pick(new_theta, i, 0, N), _pick(new_v, i, 0, N)
+    theta, v, new_theta, new_v = (
+        _pick(theta, i, 0, N),
+        _pick(v, i, 0, N),
+        _pick(new_theta, i, 0, N),
+        _pick(new_v, i, 0, N),
+    )
     if GRADIENT:
         g = _pick(g, i, 0, N)
     alpha = tl.load(lr).to(DTYPE)
@@ -183,10 +186,10 @@ def step(
 
 
 def adjoint(
-    u_theta: Sequence[Tensor], u_v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD
+    u_theta: Sequence[Tensor], u_v: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], lr: Tensor, rule: SGD
 ) -> list[Tensor | None]:
     """ḡ; see `sgd.sgd_adjoint_`. u_θ and u_v must be dense and alike."""
-    g_bar = [None if x is None else torch.empty_like(u, dtype=x.dtype) for u, x in zip(u_theta, g, strict=True)]
+    g_bar = [None if d is None else torch.empty_like(u, dtype=d) for u, d in zip(u_theta, dtypes, strict=True)]
     for group in _groups(u_theta, g_bar):
         lists = {"u_theta": tuple(u_theta[i] for i in group), "u_v": tuple(u_v[i] for i in group)}
         gradients = _gradients(g_bar, group, lists["u_theta"])
@@ -203,7 +206,9 @@ def _groups(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[l
     return [group[k : k + LIMIT] for group in kinds.values() for k in range(0, len(group), LIMIT)]
 
 
-def _gradients(grads: Sequence[Tensor | None], group: Sequence[int], stand_in: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _gradients(
+    grads: Sequence[Tensor | None], group: Sequence[int], stand_in: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Of the group, or something never read where it has none."""
     chosen = tuple(g for i in group if (g := grads[i]) is not None)
     return chosen or stand_in[:1]

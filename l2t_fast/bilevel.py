@@ -1,106 +1,129 @@
 """The two schemes, and the exact derivative of L_meta through their simulated steps."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from l2t_fast import inner
-from l2t_fast.inner import SGD, Batch, Theta
-from l2t_fast.transfer import L2T
+from l2t_fast.inner import Theta
+from l2t_fast.kernels.sgd import SGD, sgd_adjoint_, sgd_step
 
 Scheme = Literal["transfer", "simulation"]
 Memory = Literal["save", "recompute"]
 
-Weights = list[Tensor]  # the weights a of all batches, one flat list
-Step = Callable[[Theta, Theta, Weights], tuple[Theta, Theta]]
 Outer = Callable[[Theta], Tensor]
 
 
-def unroll(
-    learner: L2T, scheme: Scheme, batches: Sequence[Batch], inner_steps: int, lr: float, rule: SGD
-) -> list[Step]:
+class Kind(NamedTuple):
+    """What a simulated step descends on: L_org (`task`), L_wfm (`matching`) or both, of batches[batch]."""
+
+    batch: int
+    task: bool
+    matching: bool
+
+
+# (kind, θ, a of the kind's batch) -> ∇θ, without the parameters that the losses do not reach.
+StepGradient = Callable[[Kind, Theta, list[Tensor]], Theta]
+
+
+def simulated_steps(scheme: Scheme, batches: int, inner_steps: int) -> list[Kind]:
     """The simulated steps of one iteration (paper, algorithm 1).
 
-    - "transfer": T steps on L_wfm ("knowledge transfer"), one on L_org ("one-step adaptation"), all on batches[0].
+    - "transfer": T steps on L_wfm ("knowledge transfer"), one on L_org ("one-step adaptation"), all on batch 0.
     - "simulation": T steps on L_org + L_wfm, the ordinary bilevel scheme, over the batches in turn.
     """
     if scheme == "transfer":
-        kinds = [(0, False, True)] * inner_steps + [(0, True, False)]
-    else:
-        kinds = [(t % len(batches), True, True) for t in range(inner_steps)]
-    pairs = len(learner.pairs)
-
-    def step_of(index: int, task: bool, matching: bool) -> Step:
-        def step(theta: Theta, momentum: Theta, a: Weights) -> tuple[Theta, Theta]:
-            batch = batches[index]._replace(a=a[index * pairs : (index + 1) * pairs])
-            grads = inner.gradient(learner, theta, batch, task=task, matching=matching).theta
-            return inner.sgd_step(theta, momentum, grads, lr, rule)
-
-        return step
-
-    return [step_of(*kind) for kind in kinds]
+        return [Kind(0, task=False, matching=True)] * inner_steps + [Kind(0, task=True, matching=False)]
+    return [Kind(t % batches, task=True, matching=True) for t in range(inner_steps)]
 
 
+class _Step(NamedTuple):
+    """A simulated step, ready to be swept backwards."""
+
+    theta: Theta  # at its start; leaves of autograd, those that depend on a as variables
+    dtypes: dict[str, torch.dtype]  # of ∇θ there
+    g: Theta  # ∇θ with its graph; empty under memory="recompute"
+    random: list[Tensor]  # state of the generators at its start, under "recompute"
+
+
+@torch.no_grad()
 def meta_gradient(
-    steps: Sequence[Step], outer: Outer, theta: Theta, momentum: Theta, a: Weights, memory: Memory
-) -> tuple[Tensor, Weights]:
-    """(L_meta, dL_meta/da), exact to second order through all `steps`; θ and momentum stay as they are.
+    kinds: Sequence[Kind],
+    gradient: StepGradient,
+    outer: Outer,
+    theta: Theta,
+    momentum: Theta,
+    a: Sequence[Sequence[Tensor]],
+    lr: Tensor,
+    rule: SGD,
+    memory: Memory,
+    random: bool = True,
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """(L_meta, dL_meta/da), exact to second order through all steps; θ and momentum stay as they are.
 
-    The first step's θ is a constant, so that no Hessian product with respect to it is ever formed.
+    a: of each batch, a [B, C_s] for each pair. Reverse over reverse: each step's gradient is a graph of its own from
+    its θ and a, and the SGD rule between two of them is stepped and swept by hand, in one pass over memory each. The
+    first step's θ is a constant, so that no Hessian product with respect to it is ever formed. With "save" the graphs
+    of all steps are kept, with "recompute" each is built once more when it is swept; `random`: a forward pass may draw
+    random numbers (dropout), so that it must draw the same ones then.
     """
-    theta = {name: p.detach() for name, p in theta.items()}
-    a = [a_p.detach().requires_grad_() for a_p in a]
-    sweep = _keep_graph if memory == "save" else _recompute
-    loss, grads = sweep(steps, outer, theta, momentum, a)
-    return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(a, grads, strict=True)]
+    names = list(theta)
+    weights = [[a_p.detach().requires_grad_() for a_p in of_batch] for of_batch in a]
+    total: list[list[Tensor | None]] = [[None] * len(of_batch) for of_batch in a]
+    keep, random = memory == "save", random and memory == "recompute"
 
-
-def _keep_graph(
-    steps: Sequence[Step], outer: Outer, theta: Theta, momentum: Theta, a: Weights
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Reverse over reverse, the activations of all steps kept."""
-    with torch.enable_grad():
-        for step in steps:
-            theta, momentum = step(theta, momentum, a)
-        loss = outer(theta)
-    return loss, _grad([loss], a, [torch.ones_like(loss)])
-
-
-def _recompute(
-    steps: Sequence[Step], outer: Outer, theta: Theta, momentum: Theta, a: Weights
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """The same with one step's activations at a time: each step is run again, from its saved start, when swept."""
-    starts = []
-    with torch.no_grad():
-        for step in steps:
-            starts.append((theta, momentum, _random_state(theta)))
-            theta, momentum = step(theta, momentum, a)
-    theta = _leaves(theta)
-    with torch.enable_grad():
-        loss = outer(theta)
-    end = _random_state(theta)
-
-    # u: cotangents of (θ, momentum) where the step ends.
-    u = [*_grad([loss], list(theta.values()), [torch.ones_like(loss)]), *([None] * len(momentum))]
-    total: list[Tensor | None] = [None] * len(a)
-    for t, (theta, momentum, random) in reversed(list(enumerate(starts))):
-        if t > 0:
-            theta, momentum = _leaves(theta), _leaves(momentum)
-        _set_random_state(random, theta)
+    theta, momentum = {name: p.detach() for name, p in theta.items()}, dict(momentum)
+    steps: list[_Step] = []
+    reached: set[str] = set()  # parameters that depend on a by now; none in the first step
+    for kind in kinds:
+        start = _leaves(theta, reached)
+        state = _random_state(theta) if random else []
         with torch.enable_grad():
-            ends = steps[t](theta, momentum, a)
-        outputs = [value for end_of in ends for value in end_of.values()]
-        v = _grad(outputs, [*a, *([*theta.values(), *momentum.values()] if t > 0 else [])], u)
-        total = [_plus(x, y) for x, y in zip(total, v[: len(a)], strict=True)]
-        u = list(v[len(a) :])
-    _set_random_state(end, theta)
-    return loss, total
+            g = gradient(kind, start, weights[kind.batch])
+        steps.append(_Step(start, {name: x.dtype for name, x in g.items()}, g if keep else {}, state))
+        reached = reached.union(name for name, x in g.items() if x.requires_grad)
+        grads = [g[name].detach() if name in g else None for name in names]
+        del g  # and with it, under "recompute", its graph
+        new = sgd_step(list(theta.values()), list(momentum.values()), grads, lr, rule)
+        theta, momentum = (dict(zip(names, tensors, strict=True)) for tensors in new)
+
+    theta = _leaves(theta, reached)
+    with torch.enable_grad():
+        loss = outer(theta)
+    end = _random_state(theta) if random else []
+    # u: cotangents of θ and of the momentum where a step ends; both are overwritten as the sweep goes on.
+    u_theta = _owned(_cotangents([loss], list(theta.values()), [torch.ones_like(loss)]), list(theta.values()))
+    u_momentum = [torch.zeros_like(u) for u in u_theta]
+    loss = loss.detach()
+    while steps:
+        step = steps.pop()
+        kind, theta, g = kinds[len(steps)], step.theta, step.g
+        of_batch, sums = weights[kind.batch], total[kind.batch]
+        dtypes = [step.dtypes.get(name) for name in names]
+        g_bar = dict(zip(names, sgd_adjoint_(u_theta, u_momentum, dtypes, lr, rule), strict=True))
+        if not keep:
+            if random:
+                _set_random_state(step.random, theta)
+            with torch.enable_grad():
+                g = gradient(kind, theta, of_batch)
+        v = _cotangents(list(g.values()), [*of_batch, *theta.values()], [g_bar[name] for name in g])
+        total[kind.batch] = [_plus(x, y) for x, y in zip(sums, v[: len(sums)], strict=True)]
+        v_theta = [(u, x) for u, x in zip(u_theta, v[len(sums) :], strict=True) if x is not None]
+        if v_theta:
+            torch._foreach_add_([u for u, _ in v_theta], [x for _, x in v_theta])
+        del step, g, v, v_theta  # before the next step's are made
+    if random:
+        _set_random_state(end, theta)
+    grads_a = [
+        [torch.zeros_like(p) if x is None else x for p, x in zip(of_batch, sums, strict=True)]
+        for of_batch, sums in zip(a, total, strict=True)
+    ]
+    return loss, grads_a
 
 
-def _leaves(tensors: Theta) -> Theta:
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+def _leaves(tensors: Theta, variables: set[str]) -> Theta:
+    return {name: tensor.detach().requires_grad_(name in variables) for name, tensor in tensors.items()}
 
 
 def _random_state(theta: Theta) -> list[Tensor]:
@@ -115,19 +138,35 @@ def _set_random_state(state: list[Tensor], theta: Theta) -> None:
         torch.cuda.set_rng_state(state[1], next(iter(theta.values())).device)
 
 
-def _grad(
+def _cotangents(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
-) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad`, where outputs that depend on no input, or that nothing depends on, count for nothing."""
+) -> list[Tensor | None]:
+    """`torch.autograd.grad`; None for an input that is a constant or that no output depends on."""
     used = [
         (output, cotangent)
         for output, cotangent in zip(outputs, cotangents, strict=True)
         if output.requires_grad and cotangent is not None
     ]
-    if not used or not inputs:
+    variables = [x for x in inputs if x.requires_grad]
+    if not used or not variables:
         return [None] * len(inputs)
     outputs, cotangents = zip(*used, strict=True)
-    return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+    grads = iter(torch.autograd.grad(outputs, variables, cotangents, allow_unused=True))
+    return [next(grads) if x.requires_grad else None for x in inputs]
+
+
+def _owned(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """The cotangents as tensors that may be overwritten, laid out in memory as `like`; zeros where there is none."""
+    owned: list[Tensor] = []
+    storages: set[int] = set()
+    for u, p in zip(cotangents, like, strict=True):
+        if u is None:
+            u = torch.zeros_like(p)
+        elif u.stride() != p.stride() or u.untyped_storage()._cdata in storages:
+            u = torch.empty_like(p).copy_(u)
+        storages.add(u.untyped_storage()._cdata)
+        owned.append(u)
+    return owned
 
 
 def _plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:

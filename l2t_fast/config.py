@@ -12,6 +12,7 @@ from l2t_fast.data import DataConfig
 from l2t_fast.engine import Mode
 from l2t_fast.errors import L2TError
 from l2t_fast.methods import MethodName
+from l2t_fast.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ class OptimConfig:
     scheme: Scheme = "transfer"
     """the paper's scheme, or ordinary bilevel `simulation`"""
     mode: Mode = "auto"
-    """how an iteration runs"""
+    """how an iteration runs: launch by launch, captured in a CUDA graph, or compiled and captured"""
+    precision: Precision = "fp32"
+    """arithmetic of the networks: fp32, tf32 on tensor cores, or bf16 with parameters in fp32"""
     memory: Memory = "save"
     """keep the activations of all simulated steps, or recompute them"""
 

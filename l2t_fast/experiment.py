@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from l2t_fast import plots
 from l2t_fast.checkpoint import save_text
-from l2t_fast.config import TrainConfig, load_config, resolve, save_config
+from l2t_fast.config import OptimConfig, TrainConfig, load_config, resolve, save_config
 from l2t_fast.data import Data, DataConfig, load_data
 from l2t_fast.engine import Engine
 from l2t_fast.errors import L2TError
+from l2t_fast.functions import Say
 from l2t_fast.methods import find_method
 from l2t_fast.models import build_model, checkpoint_classes, default_layers, load_weights
 from l2t_fast.progress import Display, StopSignal, TrainingWatch
@@ -54,7 +55,7 @@ def run(config: TrainConfig, console: Console) -> Path:
         _source_data(config)
     for name in methods:
         _, learner = _learner(config, name, seeds[0], source, data, device)
-        _check_data(_engine(config, learner), config, data)
+        _check_data(_engine(config, learner, 0, lambda text: None), config, data)
         console.print(_describe(config, name, data, learner, device), highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.json")
@@ -111,7 +112,7 @@ class _Trainings:
         parts = {part: getattr(data, part).to(self.device) for part in ("train", "val", "test")}
         watch = TrainingWatch(self.display, title, epochs, data.train.num_batches(optim.batch_size), self.stop)
         schedule = Schedule(epochs, optim.batch_size, optim.lr, seed)
-        engine = _engine(self.config, learner)
+        engine = _engine(self.config, learner, epochs * data.train.num_batches(optim.batch_size), watch.say)
         result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch)
         watch.done(result["test_accuracy_last"])
         return result
@@ -157,10 +158,11 @@ def _open(config: TrainConfig) -> tuple[Path, TrainConfig]:
     _check_same(config, saved, TrainConfig())
     # Where the data lie and what computes may have changed since.
     data = dataclasses.replace(saved.data, **_given(config.data, DataConfig(), ("data_root", "workers")))
-    return folder, dataclasses.replace(saved, data=data, **_given(config, TrainConfig(), ("device",)))
+    optim = dataclasses.replace(saved.optim, **_given(config.optim, OptimConfig(), ("mode", "memory")))
+    return folder, dataclasses.replace(saved, data=data, optim=optim, **_given(config, TrainConfig(), ("device",)))
 
 
-_ELSEWHERE = ("name", "runs", "resume", "device", "data_root", "workers", "download")
+_ELSEWHERE = ("name", "runs", "resume", "device", "mode", "memory", "data_root", "workers", "download")
 
 
 def _given(config: Any, usual: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def _plain_learner(network: nn.Module, data: Data, device: torch.device) -> L2T:
     return L2T([], network, source_layers=[], target_layers=[], pairs=[], example=example)
 
 
-def _engine(config: TrainConfig, learner: L2T) -> Engine:
+def _engine(config: TrainConfig, learner: L2T, iterations: int, say: Say) -> Engine:
     optim = config.optim
     assert optim.lr is not None
     assert optim.meta_lr is not None
@@ -259,7 +261,10 @@ def _engine(config: TrainConfig, learner: L2T) -> Engine:
         inner_steps=optim.inner_steps,
         scheme=optim.scheme,
         mode=optim.mode,
+        precision=optim.precision,
         memory=optim.memory,
+        iterations=iterations,
+        say=say,
     )
 
 

@@ -29,6 +29,7 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._said: set[str] = set()
         self.bars = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -46,6 +47,12 @@ class Display:
             self.bars.start()
         return self
 
+    def say_once(self, line: str) -> None:
+        """Prints a line that every training of the run would print."""
+        if line not in self._said:
+            self._said.add(line)
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -59,6 +66,7 @@ class TrainingWatch:
         self._display, self._title, self._epochs, self._batches, self._stop = display, title, epochs, batches, stop
         self._task = display.bars.add_task(title, total=epochs * batches, state="starting")
         self._here = 0  # iterations of this process
+        self._saying = ""
         self._left = epochs * batches
         self._start = self._last_line = perf_counter()
 
@@ -88,6 +96,13 @@ class TrainingWatch:
         self._show(text)
         if row["epoch"] + 1 == self._epochs or perf_counter() - self._last_line > _LINE_EVERY:
             self._line(text)
+
+    def say(self, text: str) -> None:
+        """What an engine tells, as it comes: a whole line is printed, one not yet whole shows beside the bar."""
+        *lines, self._saying = (self._saying + text).split("\n")
+        for line in lines:
+            self._display.say_once(line)
+        self._show(self._saying or "starting")
 
     def done(self, accuracy: float) -> None:
         """The training is over."""

@@ -1,6 +1,6 @@
 """The learner: sources, target, projections r and the meta-networks f ("what") and g ("where")."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels import ops, torch_impl
-from l2t_fast.kernels.layers import replace_layers
+from l2t_fast.kernels.layers import cast, half_parameters, replace_layers, running_buffers, without_statistics
 from l2t_fast.pairs import Pair, PairSpec, resolve_pairs
 from l2t_fast.taps import tap
 
@@ -20,14 +20,11 @@ _RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {"relu6": F.relu6, "relu": 
 
 
 class Constant(nn.Module):
-    """A pair weight that does not see the image: λ = softplus(10 a)."""
+    """The parameter of a pair weight that does not see the image: λ = softplus(10 a)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.zeros(()))
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return F.softplus(10 * self.a).expand(pooled.shape[0])  # [B]
 
 
 class L2T(nn.Module):
@@ -50,6 +47,7 @@ class L2T(nn.Module):
         projections: r, a Conv2d(C_t, C_s, 1) for each pair; trained together with the target.
         what, where: f and g, one for each pair; the meta-parameters φ.
         sources, target: the networks as feature extractors; `classes` of the target, `source_layers`, `target_layers`.
+        half_target: names of the target's parameters that are computed with in bfloat16 on bfloat16 images.
 
     The networks are shared, not copied: training the learner trains the `target` given here, and the sources are set
     to evaluation mode and frozen. Modes are the learner's own: `learner.eval()`, where `target.eval()` is not enough.
@@ -89,7 +87,12 @@ class L2T(nn.Module):
         self._source_taps = source_taps
         self.sources = nn.ModuleList(taps.network for taps in source_taps).requires_grad_(False)
         self.target = self._target_taps.network
-        replace_layers(self.target)
+        for network in (*self.sources, self.target):
+            replace_layers(network)
+        # Not a submodule: it shares every parameter and buffer with the target.
+        self._simulated = (without_statistics(self.target.train()),)
+        self._half_sources = [half_parameters(network) for network in self.sources]
+        self.half_target = half_parameters(self.target)
         self.source_layers = layers
         self.target_layers = list(target_layers)
         self.classes = self._target_taps.classes
@@ -130,13 +133,24 @@ class L2T(nn.Module):
         return self
 
     def source_features(self, x: Tensor) -> list[Tensor]:
-        """S: a feature [B, C_s, h, w] of each source layer that some pair uses; no gradient."""
+        """S: a feature [B, C_s, h, w] of each source layer that some pair uses; no gradient.
+
+        On bfloat16 images the networks are computed in bfloat16, their BatchNorms' statistics in float32.
+        """
+        used = {s for s, _ in self._used_sources}
         with torch.no_grad():
             features = [
-                taps.split(network(x))[1] if any(s == used for used, _ in self._used_sources) else []
-                for s, (taps, network) in enumerate(zip(self._source_taps, self.sources, strict=True))
+                taps.split(self._source_outputs(s, x))[1] if s in used else []
+                for s, taps in enumerate(self._source_taps)
             ]
         return [features[s][m] for s, m in self._used_sources]
+
+    def _source_outputs(self, s: int, x: Tensor) -> dict[str, Tensor]:
+        network, names = self.sources[s], self._half_sources[s]
+        if x.dtype != torch.bfloat16 or not names:
+            return network(x)  # type: ignore[no-any-return]
+        half = dict(zip(names, cast(x.dtype, *map(network.get_parameter, names)), strict=True))
+        return torch.func.functional_call(network, half, (x,))  # type: ignore[no-any-return]
 
     def matching_sources(self, S: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[int]]:
         """(source features for the operators, which of them each pair has), from `source_features`.
@@ -150,33 +164,68 @@ class L2T(nn.Module):
             return list(S), self.source_of
         return [torch_impl.resize(S[m], size) for m, size in self._resizes], self._resized_of
 
-    def target_outputs(self, x: Tensor, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def target_outputs(
+        self, x: Tensor, state: dict[str, Tensor] | None = None, *, simulated: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """(logits [B, classes], T: a feature [B, C_t, H, W] of each target layer that some pair uses).
 
-        `parameters`, by the names of the target, replace its own (`torch.func.functional_call`).
+        `state`, parameters and buffers by the names of the target, replaces its own (`torch.func.functional_call`).
+        A simulated pass leaves the running statistics of BatchNorm alone, in training mode.
         """
-        outputs = self.target(x) if parameters is None else torch.func.functional_call(self.target, parameters, (x,))
+        network = self._simulated[0] if simulated else self.target
+        outputs = network(x) if state is None else torch.func.functional_call(network, state, (x,))
         logits, features = self._target_taps.split(outputs)
         assert logits is not None
         return logits, [features[n] for n in self._used_targets]
 
+    def running_buffers(self, *, simulated: bool) -> dict[str, Tensor]:
+        """The target's buffers that such a pass may change."""
+        return dict(running_buffers(self._simulated[0] if simulated else self.target))
+
     def weights(self, S: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """(w^{mn} of eq. 2: a [B, C_s] for each pair, λ^{mn} of eq. 3: a [B] for each pair), from `source_features`."""
-        features = [feature.mean((2, 3)) for feature in S]
-        pooled = [features[m] for m in self.source_of]  # [B, C_s] of each pair
+        return self._of_pairs(self._grouped_weights(S))
+
+    def cotangents(self, S: Sequence[Tensor], beta: float) -> tuple[list[Tensor], list[Tensor]]:
+        """(a = (β/B) λ w, so that L_wfm = Σ a E: a [B, C_s] for each pair, λ: a [B] for each pair)."""
+        return self._of_pairs(
+            (group, (beta / w.shape[1]) * lam[:, :, None] * w, lam) for group, w, lam in self._grouped_weights(S)
+        )
+
+    def _of_pairs(self, groups: Iterable[tuple[list[int], Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """The rows of what groups of pairs have stacked, in the order of the pairs."""
+        firsts: dict[int, Tensor] = {}
+        seconds: dict[int, Tensor] = {}
+        for group, first, second in groups:
+            firsts |= zip(group, first.unbind(), strict=True)
+            seconds |= zip(group, second.unbind(), strict=True)
+        pairs = range(len(self.pairs))
+        return [firsts[p] for p in pairs], [seconds[p] for p in pairs]
+
+    def _grouped_weights(self, S: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Of the P pairs of each source layer at once: (the pairs, w [P, B, C_s], λ [P, B])."""
+        for m, feature in enumerate(S):
+            group = [p for p, source in enumerate(self.source_of) if source == m]
+            pooled = feature.mean((2, 3), dtype=self.projections[group[0]].get_parameter("weight").dtype)  # [B, C_s]
+            yield group, self._what_weights(group, pooled), self._where_weights(group, pooled)
+
+    def _what_weights(self, group: Sequence[int], pooled: Tensor) -> Tensor:
+        P, (B, C_s) = len(group), pooled.shape
         if self._what == "uniform":
-            w = [p.new_full((), 1 / p.shape[1]).expand_as(p) for p in pooled]
-        else:
-            w = [F.softmax(f(p), 1) for f, p in zip(self.what, pooled, strict=True)]
+            return pooled.new_full((), 1 / C_s).expand(P, B, C_s)
+        weight, bias = (torch.stack(tensors) for tensors in _parameters(self.what, group, ("weight", "bias")))
+        return F.softmax(torch.baddbmm(bias[:, None], pooled.expand(P, B, C_s), weight.mT), 2)  # [P, B, C_s]
+
+    def _where_weights(self, group: Sequence[int], pooled: Tensor) -> Tensor:
+        P, (B, C_s) = len(group), pooled.shape
         if self._where == "fixed":
-            lam = [p.new_ones(()).expand(p.shape[0]) for p in pooled]
-        elif self._where == "softplus":
-            lam = [g(p) for g, p in zip(self.where, pooled, strict=True)]
-        else:
-            scale = [p.shape[1] if self._where == "relu-avg" else 1 for p in pooled]
-            rectify = _RECTIFIERS[self._where]
-            lam = [rectify(g(p / c)).squeeze(1) for g, p, c in zip(self.where, pooled, scale, strict=True)]
-        return w, lam
+            return pooled.new_ones(()).expand(P, B)
+        if self._where == "softplus":
+            (a,) = _parameters(self.where, group, ("a",))
+            return F.softplus(10 * torch.stack(a))[:, None].expand(P, B)
+        weight, bias = (torch.cat(tensors) for tensors in _parameters(self.where, group, ("weight", "bias")))
+        scaled = pooled / C_s if self._where == "relu-avg" else pooled
+        return _RECTIFIERS[self._where](torch.addmm(bias[:, None], weight, scaled.T))  # [P, B]
 
     def matching_loss(self, x: Tensor) -> Tensor:
         """L_wfm(θ | x, φ) of eq. 3 with β = 1, a scalar; differentiable twice in θ, r and φ.
@@ -186,7 +235,7 @@ class L2T(nn.Module):
         S = self.source_features(x)
         _, T = self.target_outputs(x)
         E = ops.matching_distances(T, S, *self.projection_tensors(), self.source_of, self.target_of) if T else []
-        a = cotangents(*self.weights(S), beta=1.0)
+        a, _ = self.cotangents(S, beta=1.0)
         return torch.stack([(a_p * E_p).sum() for a_p, E_p in zip(a, E, strict=True)]).sum() if a else x.new_zeros(())
 
     def projection_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -195,9 +244,9 @@ class L2T(nn.Module):
         return [r.weight for r in convolutions], [r.bias for r in convolutions if r.bias is not None]
 
 
-def cotangents(w: Sequence[Tensor], lam: Sequence[Tensor], beta: float) -> list[Tensor]:
-    """a = (β/B) λ w, so that L_wfm = Σ a E: a [B, C_s] for each pair."""
-    return [(beta / w_p.shape[0]) * lam_p[:, None] * w_p for w_p, lam_p in zip(w, lam, strict=True)]
+def _parameters(heads: nn.ModuleList, group: Sequence[int], names: Sequence[str]) -> list[list[Tensor]]:
+    """Of each name, the parameters of the heads in `group`."""
+    return [[getattr(heads[p], name) for p in group] for name in names]
 
 
 def _linear(inputs: int, outputs: int, *, bias: float, weight: float | None = None) -> nn.Linear:

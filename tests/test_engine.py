@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from l2t_fast import L2T, Engine, L2TError, bilevel, inner
 from l2t_fast.kernels import ops, triton_impl
+from l2t_fast.kernels.sgd import SGD, sgd_step
 from l2t_fast.models import build_model, default_layers
 from l2t_fast.reference import Reference
-from l2t_fast.transfer import cotangents
 
 pytestmark = pytest.mark.core
 
@@ -250,14 +250,15 @@ def test_meta_gradient_equals_finite_differences(case: dict[str, Any]) -> None:
         for name, p in phi.items():
             p.copy_(start[name] + offset[name])
         S = learner.source_features(train[0])
-        data = inner.Batch(*train, *learner.matching_sources(S, train[0]), cotangents(*learner.weights(S), engine.beta))
+        data = inner.Batch(*train, *learner.matching_sources(S, train[0]), learner.cotangents(S, engine.beta)[0])
         theta = {name: p.detach() for name, p in inner.parameters(learner).items()}
         momentum = engine.state_dict()["momentum"]
-        rule = inner.SGD(0.9, 1e-2, bool(case))
+        rule, lr = SGD(0.9, 1e-2, bool(case)), torch.tensor(engine.lr)
         kinds = [(True, True)] * 2 if case else [(False, True), (False, True), (True, False)]
         for task, matching in kinds:
             g = inner.gradient(learner, theta, data, task=task, matching=matching).theta
-            theta, momentum = inner.sgd_step(theta, momentum, g, engine.lr, rule)
+            new = sgd_step(list(theta.values()), list(momentum.values()), [g.get(name) for name in theta], lr, rule)
+            theta, momentum = (dict(zip(theta, tensors, strict=True)) for tensors in new)
         return inner.task_loss(learner, theta, *val)
 
     torch.manual_seed(1)
@@ -393,23 +394,25 @@ def test_the_first_step_forms_no_hessian_product(scheme: bilevel.Scheme, memory:
     x, y = batch(0, 8)
     S = learner.source_features(x)
     with torch.no_grad():
-        a = cotangents(*learner.weights(S), engine.beta)
-    steps = bilevel.unroll(
-        learner, scheme, [inner.Batch(x, y, *learner.matching_sources(S, x), a)], 1, 0.1, inner.SGD()
-    )
-    momentum = engine.state_dict()["momentum"]
+        a, _ = learner.cotangents(S, engine.beta)
+    data = inner.Batch(x, y, *learner.matching_sources(S, x), a)
+    kinds = bilevel.simulated_steps(scheme, 1, 1)
+
+    def step(kind: bilevel.Kind, theta: Tensors, weights: list[Tensor]) -> Tensors:
+        g = inner.gradient(learner, theta, data._replace(a=weights), task=kind.task, matching=kind.matching).theta
+        return {name: p - 0.1 * g.get(name, 0 * p) for name, p in theta.items()}
 
     def sweep(constant: bool) -> None:
         theta = {n: p.detach().requires_grad_(not constant) for n, p in inner.parameters(learner).items()}
-        end, v, weights = theta, momentum, [p.clone().requires_grad_() for p in a]
-        for step in steps:
-            end, v = step(end, v, weights)
+        end, weights = theta, [p.clone().requires_grad_() for p in a]
+        for kind in kinds:
+            end = step(kind, end, weights)
         loss = inner.task_loss(learner, end, x, y)
         torch.autograd.grad(loss, weights if constant else [*weights, *theta.values()], allow_unused=True)
 
     sources = flops(lambda: learner.weights(learner.source_features(x)))
     heads = flops(lambda: learner.weights(S))  # their backward, to the weights alone
-    replay = flops(lambda: [step(inner.parameters(learner), momentum, a) for step in steps])
+    replay = flops(lambda: [step(kind, inner.parameters(learner), a) for kind in kinds])
     pruned, full = flops(lambda: sweep(True)), flops(lambda: sweep(False))
     assert pruned < full
     counted = flops(lambda: engine.meta_gradient(x, y, (x, y)))

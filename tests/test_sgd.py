@@ -1,6 +1,7 @@
 """The fused SGD step and its adjoint against torch.optim and autograd; Triton in the interpreter, or on a GPU."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -72,10 +73,14 @@ def test_the_adjoint_is_that_of_autograd(rule: SGD, implementation: str) -> None
     inputs = [*theta, *v, *(x for x in given if x is not None)]
     cotangents = list(itertools.chain.from_iterable(zip(u_theta, u_v, strict=True)))
     expected = torch.autograd.grad(ends, inputs, cotangents, allow_unused=True, materialize_grads=True)
-    g_bar = sgd.sgd_adjoint_(u_theta, u_v, given, lr(0.3), rule)
+    g_bar = sgd.sgd_adjoint_(u_theta, u_v, dtypes(given), lr(0.3), rule)
     assert [x is None for x in g_bar] == [x is None for x in given]
     actual = [*u_theta, *u_v, *(x for x in g_bar if x is not None)]
     torch.testing.assert_close(actual, list(expected), rtol=1e-13, atol=1e-13)
+
+
+def dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
+    return [None if x is None else x.dtype for x in tensors]
 
 
 def plain_step(p: Tensor, v: Tensor, g: Tensor | None, alpha: float, rule: SGD) -> tuple[Tensor, Tensor]:
@@ -96,12 +101,13 @@ def test_gradients_of_lower_precision_and_another_layout(layouts: tuple[Any, Any
         torch.testing.assert_close([x.double() for x in results], wanted, rtol=1e-6, atol=1e-6)
     u_theta, u_v = tensors(3, torch.float32, layouts[0]), tensors(4, torch.float32, layouts[0])
     wide = [x.double() for x in u_theta], [x.double() for x in u_v]
-    g_bar, wanted_bar = sgd.sgd_adjoint_(u_theta, u_v, g, lr(0.1), rule), sgd.sgd_adjoint_(*wide, new_theta, lr(0.1), rule)
+    wanted_bar = sgd.sgd_adjoint_(*wide, dtypes(wide[0]), lr(0.1), rule)
+    g_bar = sgd.sgd_adjoint_(u_theta, u_v, dtypes(g), lr(0.1), rule)
     assert [x.dtype for x in g_bar if x is not None] == [x.dtype for x in g]
     for x, y in zip(g_bar, wanted_bar, strict=True):
         assert x is not None
         assert y is not None
-        torch.testing.assert_close(x.float(), y.float(), rtol=ULP if x.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+        torch.testing.assert_close(x.double(), y, rtol=ULP if x.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
