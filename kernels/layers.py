@@ -148,7 +148,7 @@ def _as_weight(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 # Parameters in lower precision, all at once: many small casts would cost a launch each.

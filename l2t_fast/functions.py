@@ -79,7 +79,7 @@ def compiled(functions: Functions, units: Sequence[str], say: Say) -> Functions:
             raise
         except Exception as error:  # whatever a compiler may raise
             say(" failed\n")
-            reason = next(iter(str(error).strip().splitlines()), "")[:200]
+            reason = " ".join(str(error).split("\n")[:2])[:200]  # the second line names what the backend raised
             raise L2TError(
                 f"torch.compile cannot compile the {unit} ({type(error).__name__}: {reason}): use another mode."
             ) from error

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from engines import CLASSES, batch, engine, everything, learner
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from engines import CLASSES, batch, engine, everything, learner
 from l2t_fast import L2T, Engine, L2TError, capture
 from l2t_fast.capture import WARM_UP, Graphs, Ring
 from l2t_fast.models import build_model
@@ -215,7 +215,9 @@ def test_what_cannot_be_captured_is_refused_and_nothing_changed(
     before = everything(graph)
     monkeypatch.setattr(capture, "CudaGraph", failing)
     for _ in range(2):
-        with pytest.raises(L2TError, match=r"cannot capture .*\(operation not permitted .*capturing\): use mode='eager'"):
+        with pytest.raises(
+            L2TError, match=r"cannot capture .*\(operation not permitted .*capturing\): use mode='eager'"
+        ):
             graph.step(*batch(5))
         same(everything(graph), before)
 
