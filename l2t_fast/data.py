@@ -124,7 +124,9 @@ class TensorSet(ImageSet):
     flip: bool
 
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
-        span = self._span(batch_size, start)
+        return _beside(self._batches(self._span(batch_size, start), batch_size, seed, epoch), self.images.device)
+
+    def _batches(self, span: range, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         n, device = len(self), self.images.device
         # Drawn for the whole epoch at once, so that any batch can be the first; on the CPU, alike for all devices.
         generator = _generator(_ORDER, seed, epoch)
@@ -167,7 +169,8 @@ class FolderSet(ImageSet):
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(len(self), generator=_generator(_ORDER, seed, epoch))  # [N]
         key = (_ITEM, seed, epoch) if self.augment else None
-        return self._load(order[self._span(batch_size, start)], batch_size, start * batch_size, key)
+        batches = self._load(order[self._span(batch_size, start)], batch_size, start * batch_size, key)
+        return _beside(batches, self.labels.device)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         return self._load(torch.arange(len(self)), batch_size, 0, None)
@@ -195,6 +198,27 @@ class FolderSet(ImageSet):
                 yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         except L2TError as error:  # a worker's message comes wrapped in its traceback
             raise L2TError(str(error).strip().rpartition("L2TError: ")[2]) from None
+
+
+def _beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches; on CUDA copied and augmented on a stream of their own, beside the iteration that runs.
+
+    Whoever takes a batch waits for it on the device alone, so that the queue of iterations never runs dry.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    while True:
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        for tensor in batch:
+            tensor.record_stream(current)  # its memory is not given away before the iteration has read it
+        yield batch
 
 
 class _Files(Dataset[tuple[Tensor, int]]):

@@ -295,6 +295,7 @@ class Engine:
         if self._adam is not None:
             _check_adam(state["adam"], list(self._phi.values()))
             theirs = copy.deepcopy(state["adam"])  # Adam would keep the tensors it is given
+            before = dict(self._adam.state)
             try:
                 meta_lr = float(theirs["param_groups"][0]["lr"])
                 for group in theirs["param_groups"]:
@@ -302,12 +303,24 @@ class Engine:
                 self._adam.load_state_dict(theirs)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 raise L2TError("this state does not fit the learner: its 'adam' is of another optimizer.") from error
+            self._keep_places(before)
             self.meta_lr = meta_lr
         for group, tensors in groups.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state[group][name])
         self.lr = state["lr"]
-        self._graphs = self._new_graphs()  # those captured write to the former state of Adam
+
+    def _keep_places(self, before: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Puts Adam's loaded state where it was `before`, where captured graphs write it."""
+        assert self._adam is not None
+        for p, moments in before.items():
+            loaded = self._adam.state.get(p)
+            if loaded is None or loaded.keys() != moments.keys():  # a state from before the first step
+                self._graphs = self._new_graphs()
+                return
+            for name, tensor in moments.items():
+                tensor.copy_(loaded[name])
+            self._adam.state[p] = moments
 
     def _new_graphs(self) -> Graphs | None:
         captures = self.mode != "eager" and self._device.type == "cuda"

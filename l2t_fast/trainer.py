@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +18,7 @@ from l2t_fast.data import Data, ImageSet
 from l2t_fast.engine import Engine
 from l2t_fast.errors import L2TError
 
-_FLUSH_EVERY = 50  # iterations between two looks at the metrics, each of which waits for the device
+_READ_EVERY = 50  # iterations whose metrics are read at a time
 _EVAL_BATCH = 250
 
 
@@ -193,14 +193,38 @@ def _inputs(
         yield xs, ys, next(val)
 
 
+class _Readback:
+    """Metrics of several iterations on their way to the host."""
+
+    def __init__(self, pending: Sequence[tuple[dict[str, Any], dict[str, Tensor]]]) -> None:
+        self._rows = [row for row, _ in pending]
+        stacked = {name: torch.stack([metrics[name] for _, metrics in pending]) for name in pending[0][1]}
+        self.on_cuda = any(value.is_cuda for value in stacked.values())
+        if self.on_cuda:
+            host = {name: torch.empty_like(v, device="cpu", pin_memory=True) for name, v in stacked.items()}
+            for name, value in stacked.items():
+                host[name].copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+            stacked = host
+        self._values = stacked
+
+    def rows(self) -> list[dict[str, Any]]:
+        if self.on_cuda:
+            self._arrived.synchronize()
+        values = {name: value.tolist() for name, value in self._values.items()}
+        return [{**row, **{name: values[name][i] for name in values}} for i, row in enumerate(self._rows)]
+
+
 class _Log:
-    """metrics.jsonl: rows wait on the device until they are looked at, every few iterations."""
+    """metrics.jsonl: rows stay on the device until there are some, and are read while the device works on."""
 
     def __init__(self, path: Path, engine: Engine, state: _State, checkpoint: Path) -> None:
         """Drops lines later than `state`: a killed run may have written more than its checkpoint holds."""
         self._path, self._checkpoint = path, checkpoint
         self._pairs = engine.learner.pairs
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self._reading: _Readback | None = None
         rows = read_metrics(path) if path.exists() else []
         position = (state.epoch, state.iteration)
         kept = [row for row in rows if (row["epoch"], row.get("iteration", math.inf)) < position]
@@ -209,18 +233,24 @@ class _Log:
 
     def add(self, epoch: int, iteration: int, metrics: dict[str, Tensor], lr: float) -> None:
         self._pending.append(({"epoch": epoch, "iteration": iteration, "lr": lr}, metrics))
-        if len(self._pending) >= _FLUSH_EVERY:
-            self.flush()
+        if len(self._pending) >= _READ_EVERY:
+            self._finish()  # the rows before these, which have arrived long since
+            self._reading, self._pending = _Readback(self._pending), []
+            if not self._reading.on_cuda:
+                self._finish()
 
     def flush(self) -> None:
-        pending, self._pending = self._pending, []
-        if not pending:
+        """Writes all rows; waits for the device."""
+        self._finish()
+        if self._pending:
+            self._reading, self._pending = _Readback(self._pending), []
+            self._finish()
+
+    def _finish(self) -> None:
+        reading, self._reading = self._reading, None
+        if reading is None:
             return
-        rows = []
-        names = list(pending[0][1])
-        values = {name: torch.stack([metrics[name] for _, metrics in pending]).tolist() for name in names}
-        for i, (row, _) in enumerate(pending):
-            rows.append({**row, **{name: values[name][i] for name in names}})
+        rows = reading.rows()
         self._epoch_rows += rows
         with self._path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

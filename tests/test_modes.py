@@ -119,7 +119,9 @@ def test_what_cannot_be_compiled_is_refused_and_nothing_changed(monkeypatch: pyt
     compiled = small(mode="compile")
     before = everything(compiled)
     for _ in range(2):
-        with pytest.raises(L2TError, match=r"cannot compile the source features .*no such instruction.*: use another mode"):
+        with pytest.raises(
+            L2TError, match=r"cannot compile the source features .*no such instruction.*: use another mode"
+        ):
             compiled.step(*small_batch(0, 8))
         assert error(everything(compiled), before) == 0
     torch.compiler.reset()
@@ -184,22 +186,22 @@ def warmed_up(steps: int = 12) -> dict[str, Any]:
     return copy.deepcopy(of.state_dict())
 
 
-def at(state: dict[str, Any], dtype: torch.dtype, **options: Any) -> Engine:
-    of = engine(learner(dtype, width=0.25), **options)
+def at(state: dict[str, Any], dtype: torch.dtype, device: str = "cpu", **options: Any) -> Engine:
+    of = engine(learner(dtype, device, width=0.25), **options)
     load_as(of, state)
     return of
 
 
-def reference_at(state: dict[str, Any]) -> Reference:
-    of = at(state, torch.float32)
+def reference_at(state: dict[str, Any], device: str = "cpu") -> Reference:
+    of = at(state, torch.float32, device)
     torch.manual_seed(0)
-    source, target = build_model("resnet8", 5, 0.25), build_model("vgg9_bn", 3, 0.25)
+    source, target = build_model("resnet8", 5, 0.25).to(device), build_model("vgg9_bn", 3, 0.25).to(device)
     layers: dict[str, Any] = {
         "source_layers": default_layers("resnet8", source),
         "target_layers": default_layers("vgg9_bn", target),
     }
     pairs = [tuple(pair) for pair in of.learner.pairs]
-    plain = Reference(source, target, pairs=pairs, example=batch(0, 2, torch.float32)[0], lr=0.02, **layers)
+    plain = Reference(source, target, pairs=pairs, example=batch(0, 2, torch.float32, device)[0], lr=0.02, **layers)
     take_state(plain, copy.deepcopy(of.state_dict()))
     return plain
 
