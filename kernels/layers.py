@@ -9,6 +9,7 @@ its adjoint gives.
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from l2t_fast.errors import L2TError
 
 _aten = torch.ops.aten
+_TRITON = find_spec("triton") is not None  # it is for Linux
 
 
 def replace_layers(network: nn.Module) -> None:
@@ -294,10 +296,13 @@ class BatchNorm(torch.autograd.Function):
         x, gamma, _, _ = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # two zeros a call
         ctx.save_for_backward(x, gamma, mean, rstd)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> Any:
+        if g is None:
+            return None, None, None, None
         return *BatchNormBackward.apply(g, *ctx.saved_tensors), None
 
 
@@ -336,6 +341,11 @@ def _batch_norm_adjoint(
     v_g = s (u − ū) + q x̂ + u_β,   v_γ = Q/σ,   v_x = (r − r̄ − x̂ mean(r x̂) − x̂ s Q/N)/σ
     """
     need_g, need_x, need_gamma = needs
+    if _fused(x):
+        from l2t_fast.kernels import triton_norm
+
+        primal = need_x or need_gamma
+        return triton_norm.adjoint(u, u_gamma, u_beta, g, x, gamma, mean, rstd, g_gamma, g_beta, primal)
     count = x.numel() // x.shape[1]
     _, sum_ux, sum_u = _normalize_backward(u, x, gamma, mean, rstd, [False, True, True])
     m_u, u_mean = sum_ux / count, sum_u / count
@@ -357,6 +367,12 @@ def _batch_norm_adjoint(
         slope = -rstd.square() * (m_r + s * Q / count)
         v_x = _combine([(x, slope), (u, p * rstd), (g, q * rstd)], -rstd * r_mean - slope * mean)
     return v_g, v_x, v_gamma
+
+
+def _fused(x: Tensor) -> bool:
+    """Whether Triton computes: on CUDA, but not where a compiler traces, which fuses the formulas by itself."""
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return _TRITON and x.is_cuda and type(x) is Tensor and dense and x.numel() < 2**31
 
 
 def _normalize_backward(

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2t_fast import L2T, Engine, L2TError, bilevel, inner
-from l2t_fast.kernels import ops, triton_impl
+from l2t_fast.kernels import layers, ops, sgd, triton_impl
 from l2t_fast.kernels.sgd import SGD, sgd_step
 from l2t_fast.models import build_model, default_layers
 from l2t_fast.reference import Reference
@@ -732,8 +732,8 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter runs Triton in float64")
 @pytest.mark.parametrize("memory", ["save", "recompute"])
-def test_triton_operators_change_nothing(memory: bilevel.Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They get the source features unresized, here of half and twice the target's resolution too."""
+def test_triton_kernels_change_nothing(memory: bilevel.Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators get the source features unresized, here of half and twice the target's resolution too."""
 
     def trained() -> tuple[Tensors, dict[str, Any]]:
         engine = Engine(small_learner(), memory=memory)
@@ -742,6 +742,8 @@ def test_triton_operators_change_nothing(memory: bilevel.Memory, monkeypatch: py
 
     theirs, after = trained()
     monkeypatch.setattr(ops, "implementation", lambda feature: triton_impl)
+    monkeypatch.setattr(layers, "_fused", lambda x: True)
+    monkeypatch.setattr(sgd, "_fused", lambda tensors: True)
     learner = small_learner()
     S = learner.source_features(X)
     assert [x.data_ptr() for x in learner.matching_sources(S, X)[0]] == [x.data_ptr() for x in S]
