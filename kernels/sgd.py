@@ -54,25 +54,30 @@ def sgd_step_(theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor |
 
 
 def sgd_adjoint_(
-    u_theta: Sequence[Tensor], u_v: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], lr: Tensor, rule: SGD
-) -> list[Tensor | None]:
-    """The adjoint of `sgd_step` in the direction (u_θ, u_v): returns ḡ; u_θ and u_v become θ̄ and v̄ in place.
+    u_theta: Sequence[Tensor],
+    u_v: Sequence[Tensor] | None,
+    dtypes: Sequence[torch.dtype | None],
+    lr: Tensor,
+    rule: SGD,
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """The adjoint of `sgd_step` in the direction (u_θ, u_v): (ḡ, v̄); u_θ becomes θ̄ in place, and u_v is used up.
 
         q = u_v − α u_θ (Nesterov: u_v − α μ u_θ),  ḡ = q (Nesterov: q − α u_θ),  θ̄ = u_θ + wd ḡ,  v̄ = μ q
 
-    dtypes: those of ∇, and so of ḡ; None where there is none. u_θ and u_v are alike in memory.
+    u_v: None is zero (nothing reads the last step's momentum); else like u_θ in memory.
+    dtypes: those of ∇, and so of ḡ; None where there is none.
     """
     if _fused(u_theta):
         from l2t_fast.kernels import triton_sgd
 
         return triton_sgd.adjoint(u_theta, u_v, dtypes, lr, rule)
     step = torch._foreach_mul(list(u_theta), lr)
-    q = torch._foreach_sub(list(u_v), step, alpha=rule.momentum if rule.nesterov else 1.0)
+    scaled = torch._foreach_mul(step, -rule.momentum) if rule.nesterov else torch._foreach_neg(step)
+    q = scaled if u_v is None else torch._foreach_add(list(u_v), scaled)
     total = torch._foreach_sub(q, step) if rule.nesterov else q
     torch._foreach_add_(list(u_theta), total, alpha=rule.weight_decay)
     g_bar = [None if dtype is None else p.to(dtype) for p, dtype in zip(total, dtypes, strict=True)]
-    torch._foreach_copy_(list(u_v), torch._foreach_mul(q, rule.momentum))
-    return g_bar
+    return g_bar, list(torch._foreach_mul(q, rule.momentum))
 
 
 def _fused(tensors: Sequence[Tensor]) -> bool:

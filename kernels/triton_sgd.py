@@ -115,6 +115,7 @@ def _adjoint_block(
     n,
     WHOLE: tl.constexpr,
     GRADIENT: tl.constexpr,
+    VELOCITY: tl.constexpr,
     MOMENTUM: tl.constexpr,
     DECAY: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -122,13 +123,10 @@ def _adjoint_block(
 ):
     u = _load(u_theta, o, n, WHOLE, DTYPE)
     step = u * alpha
-    q = _load(u_v, o, n, WHOLE, DTYPE)
-    if NESTEROV:
-        q -= step * MOMENTUM
-        total = q - step
-    else:
-        q -= step
-        total = q
+    q = -step * MOMENTUM if NESTEROV else -step
+    if VELOCITY:
+        q += _load(u_v, o, n, WHOLE, DTYPE)
+    total = q - step if NESTEROV else q
     _store(u_theta, o, n, u + total * DECAY, WHOLE)
     _store(u_v, o, n, q * MOMENTUM, WHOLE)
     if GRADIENT:
@@ -145,12 +143,13 @@ def adjoint_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     GRADIENT: tl.constexpr,
+    VELOCITY: tl.constexpr,
     MOMENTUM: tl.constexpr,
     DECAY: tl.constexpr,
     NESTEROV: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """θ̄ and v̄ in place, and with GRADIENT ḡ, of one block of one of N parameters."""
+    """θ̄ and v̄ in place, and with GRADIENT ḡ, of one block of one of N parameters; without VELOCITY u_v counts as 0."""
     i, first, n = _row(programs)
     u_theta, u_v = _pick(u_theta, i, 0, N), _pick(u_v, i, 0, N)
     if GRADIENT:
@@ -158,9 +157,9 @@ def adjoint_kernel(
     alpha = tl.load(lr).to(DTYPE)
     o = first + tl.arange(0, BLOCK)  # [BLOCK]
     if first + BLOCK <= n:
-        _adjoint_block(u_theta, u_v, g_bar, alpha, o, n, True, GRADIENT, MOMENTUM, DECAY, NESTEROV, DTYPE)
+        _adjoint_block(u_theta, u_v, g_bar, alpha, o, n, True, GRADIENT, VELOCITY, MOMENTUM, DECAY, NESTEROV, DTYPE)
     else:
-        _adjoint_block(u_theta, u_v, g_bar, alpha, o, n, False, GRADIENT, MOMENTUM, DECAY, NESTEROV, DTYPE)
+        _adjoint_block(u_theta, u_v, g_bar, alpha, o, n, False, GRADIENT, VELOCITY, MOMENTUM, DECAY, NESTEROV, DTYPE)
 
 
 def step(
@@ -186,15 +185,20 @@ def step(
 
 
 def adjoint(
-    u_theta: Sequence[Tensor], u_v: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], lr: Tensor, rule: SGD
-) -> list[Tensor | None]:
-    """ḡ; see `sgd.sgd_adjoint_`. u_θ and u_v must be dense and alike."""
+    u_theta: Sequence[Tensor],
+    u_v: Sequence[Tensor] | None,
+    dtypes: Sequence[torch.dtype | None],
+    lr: Tensor,
+    rule: SGD,
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """(ḡ, v̄); see `sgd.sgd_adjoint_`. u_θ must be dense."""
+    v_bar = [torch.empty_like(u) for u in u_theta] if u_v is None else list(u_v)
     g_bar = [None if d is None else torch.empty_like(u, dtype=d) for u, d in zip(u_theta, dtypes, strict=True)]
     for group in _groups(u_theta, g_bar):
-        lists = {"u_theta": tuple(u_theta[i] for i in group), "u_v": tuple(u_v[i] for i in group)}
-        gradients = _gradients(g_bar, group, lists["u_theta"])
-        _launch(adjoint_kernel, lists | {"g_bar": gradients}, lr, rule, g_bar[group[0]])
-    return g_bar
+        lists = {"u_theta": tuple(u_theta[i] for i in group), "u_v": tuple(v_bar[i] for i in group)}
+        lists["g_bar"] = _gradients(g_bar, group, lists["u_theta"])
+        _launch(adjoint_kernel, lists, lr, rule, g_bar[group[0]], VELOCITY=u_v is not None)
+    return g_bar, v_bar
 
 
 def _groups(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[list[int]]:
@@ -214,12 +218,15 @@ def _gradients(
     return chosen or stand_in[:1]
 
 
-def _launch(kernel: Any, lists: dict[str, tuple[Tensor, ...]], lr: Tensor, rule: SGD, gradient: Tensor | None) -> None:
+def _launch(
+    kernel: Any, lists: dict[str, tuple[Tensor, ...]], lr: Tensor, rule: SGD, gradient: Tensor | None, **flags: bool
+) -> None:
     first = next(iter(lists.values()))
     programs = _programs(tuple(p.numel() for p in first), first[0].device)
     with torch.cuda.device_of(programs):
         kernel[(len(programs),)](
             **lists,
+            **flags,
             lr=lr,
             programs=programs,
             N=len(first),

@@ -94,14 +94,15 @@ def meta_gradient(
     end = _random_state(theta) if random else []
     # u: cotangents of θ and of the momentum where a step ends; both are overwritten as the sweep goes on.
     u_theta = _owned(_cotangents([loss], list(theta.values()), [torch.ones_like(loss)]), list(theta.values()))
-    u_momentum = [torch.zeros_like(u) for u in u_theta]
+    u_momentum: list[Tensor] | None = None
     loss = loss.detach()
     while steps:
         step = steps.pop()
         kind, theta, g = kinds[len(steps)], step.theta, step.g
         of_batch, sums = weights[kind.batch], total[kind.batch]
         dtypes = [step.dtypes.get(name) for name in names]
-        g_bar = dict(zip(names, sgd_adjoint_(u_theta, u_momentum, dtypes, lr, rule), strict=True))
+        cotangents, u_momentum = sgd_adjoint_(u_theta, u_momentum, dtypes, lr, rule)
+        g_bar = dict(zip(names, cotangents, strict=True))
         if not keep:
             if random:
                 _set_random_state(step.random, theta)
@@ -160,12 +161,15 @@ def _owned(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[
     owned: list[Tensor] = []
     storages: set[int] = set()
     for u, p in zip(cotangents, like, strict=True):
-        if u is None:
-            u = torch.zeros_like(p)
-        elif u.stride() != p.stride() or u.untyped_storage()._cdata in storages:
-            u = torch.empty_like(p).copy_(u)
-        storages.add(u.untyped_storage()._cdata)
-        owned.append(u)
+        mine = u is not None and u.stride() == p.stride() and u.untyped_storage()._cdata not in storages
+        owned.append(u if u is not None and mine else torch.empty_like(p))
+        storages.add(owned[-1].untyped_storage()._cdata)
+    none = [x for x, u in zip(owned, cotangents, strict=True) if u is None]
+    if none:
+        torch._foreach_zero_(none)
+    for x, u in zip(owned, cotangents, strict=True):
+        if u is not None and x is not u:
+            x.copy_(u)
     return owned
 
 

@@ -174,6 +174,21 @@ def frozen() -> tuple[nn.Module, list[str]]:
     return model, layers
 
 
+class Summed(nn.Module):
+    """A convolution with the sum of two parameters, whose gradients are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(0.2 * torch.randn(5, 5, 3, 3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.a + self.b, padding=1)
+
+
+def with_a_sum() -> tuple[nn.Module, list[str]]:
+    return small_net(middle=Summed()), ["0", "2"]
+
+
 def with_dropout() -> tuple[nn.Module, list[str]]:
     return small_net(middle=nn.Dropout(0.3)), ["0", "2"]
 
@@ -195,6 +210,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (resnet, {"pairs": [(1, 1, 0), (0, 0, 2)], "what": "uniform", "where": "softplus"}),
     (resnet, {"pairs": "one-to-one", "scheme": "simulation", "batches": 1}),
     (resnet, {"pairs": "single", "inner_steps": 3, "val": True}),
+    (with_a_sum, {"inner_steps": 3}),
     (frozen, {"memory": "recompute"}),
     (frozen, {"scheme": "simulation"}),
     *(

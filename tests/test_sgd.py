@@ -64,18 +64,19 @@ def test_the_step_is_that_of_torch(rule: SGD, implementation: str) -> None:
         torch.testing.assert_close([*in_place[0], *in_place[1]], [*theta, *v], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("velocity", [True, False])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_adjoint_is_that_of_autograd(rule: SGD, implementation: str) -> None:
+def test_the_adjoint_is_that_of_autograd(rule: SGD, velocity: bool, implementation: str) -> None:
     theta, v, g = ([p.requires_grad_() for p in tensors(seed)] for seed in range(3))
     given = [None if k == 3 else x for k, x in enumerate(g)]
-    u_theta, u_v = tensors(3), tensors(4)
+    u_theta, u_v = tensors(3), tensors(4) if velocity else [torch.zeros_like(p) for p in theta]
     ends = [end for p, x, y in zip(theta, v, given, strict=True) for end in plain_step(p, x, y, 0.3, rule)]
     inputs = [*theta, *v, *(x for x in given if x is not None)]
     cotangents = list(itertools.chain.from_iterable(zip(u_theta, u_v, strict=True)))
     expected = torch.autograd.grad(ends, inputs, cotangents, allow_unused=True, materialize_grads=True)
-    g_bar = sgd.sgd_adjoint_(u_theta, u_v, dtypes(given), lr(0.3), rule)
+    g_bar, v_bar = sgd.sgd_adjoint_(u_theta, u_v if velocity else None, dtypes(given), lr(0.3), rule)
     assert [x is None for x in g_bar] == [x is None for x in given]
-    actual = [*u_theta, *u_v, *(x for x in g_bar if x is not None)]
+    actual = [*u_theta, *v_bar, *(x for x in g_bar if x is not None)]
     torch.testing.assert_close(actual, list(expected), rtol=1e-13, atol=1e-13)
 
 
@@ -101,8 +102,8 @@ def test_gradients_of_lower_precision_and_another_layout(layouts: tuple[Any, Any
         torch.testing.assert_close([x.double() for x in results], wanted, rtol=1e-6, atol=1e-6)
     u_theta, u_v = tensors(3, torch.float32, layouts[0]), tensors(4, torch.float32, layouts[0])
     wide = [x.double() for x in u_theta], [x.double() for x in u_v]
-    wanted_bar = sgd.sgd_adjoint_(*wide, dtypes(wide[0]), lr(0.1), rule)
-    g_bar = sgd.sgd_adjoint_(u_theta, u_v, dtypes(g), lr(0.1), rule)
+    wanted_bar, _ = sgd.sgd_adjoint_(*wide, dtypes(wide[0]), lr(0.1), rule)
+    g_bar, _ = sgd.sgd_adjoint_(u_theta, u_v, dtypes(g), lr(0.1), rule)
     assert [x.dtype for x in g_bar if x is not None] == [x.dtype for x in g]
     for x, y in zip(g_bar, wanted_bar, strict=True):
         assert x is not None
@@ -113,7 +114,9 @@ def test_gradients_of_lower_precision_and_another_layout(layouts: tuple[Any, Any
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """One for up to 96 parameters alike, whatever their sizes."""
     launched: list[int] = []
-    monkeypatch.setattr(triton_sgd, "_launch", lambda kernel, lists, *rest: launched.append(len(lists["theta"])))
+    monkeypatch.setattr(
+        triton_sgd, "_launch", lambda kernel, lists, *rest, **flags: launched.append(len(lists["theta"]))
+    )
     theta = [torch.zeros(n) for n in range(1, 98)]
     triton_sgd.step(theta, theta, theta, lr(0.1), SGD())
     assert launched == [96, 1]
