@@ -115,6 +115,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         y, mean, rstd = batch_norm(input, self.weight, self.bias, self.eps)
+        # float32 already, but for compiled bfloat16 on a CPU
+        mean, rstd = mean.to(self.running_mean.dtype), rstd.to(self.running_var.dtype)
         count = input.numel() // input.shape[1]
         variance = (rstd.pow(-2) - self.eps) * (count / (count - 1))  # unbiased
         self.num_batches_tracked.add_(1)

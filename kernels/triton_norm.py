@@ -162,9 +162,9 @@ def combine_kernel(
     DTYPE: tl.constexpr,
 ):
     """v_g, and with PRIMAL v_x, of a tile."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
     ok = c < C
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
     mask = (n < N)[:, None] & ok[None, :]
     places = _offsets(n, c, C, HW, CHANNELS_LAST)
     x_tile, u_tile = _feature(x, places, mask, DTYPE), _feature(u, places, mask, DTYPE)
@@ -235,7 +235,7 @@ def adjoint(
             BC=SUMMED[1],
             **options,
         )
-        combine_kernel[(blocks, triton.cdiv(N, BN))](
+        combine_kernel[(triton.cdiv(N, BN), blocks)](
             u, g, x, coefficients, v_g, v_g if v_x is None else v_x, **shape, **tiled
         )
     return v_g, v_x, v_gamma

@@ -1,10 +1,11 @@
 """The two schemes, and the exact derivative of L_meta through their simulated steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from l2t_fast.inner import Theta
 from l2t_fast.kernels.sgd import SGD, sgd_adjoint_, sgd_step
@@ -43,7 +44,7 @@ class _Step(NamedTuple):
 
     theta: Theta  # at its start; leaves of autograd, those that depend on a as variables
     dtypes: dict[str, torch.dtype]  # of ∇θ there
-    g: Theta  # ∇θ with its graph; empty under memory="recompute"
+    g: dict[str, GradientEdge]  # the ends of the graph of ∇θ, whose values are used up; none under memory="recompute"
     random: list[Tensor]  # state of the generators at its start, under "recompute"
 
 
@@ -73,27 +74,13 @@ def meta_gradient(
     total: list[list[Tensor | None]] = [[None] * len(of_batch) for of_batch in a]
     keep, random = memory == "save", random and memory == "recompute"
 
-    theta, momentum = {name: p.detach() for name, p in theta.items()}, dict(momentum)
-    steps: list[_Step] = []
-    reached: set[str] = set()  # parameters that depend on a by now; none in the first step
-    for kind in kinds:
-        start = _leaves(theta, reached)
-        state = _random_state(theta) if random else []
-        with torch.enable_grad():
-            g = gradient(kind, start, weights[kind.batch])
-        steps.append(_Step(start, {name: x.dtype for name, x in g.items()}, g if keep else {}, state))
-        reached = reached.union(name for name, x in g.items() if x.requires_grad)
-        grads = [g[name].detach() if name in g else None for name in names]
-        del g  # and with it, under "recompute", its graph
-        new = sgd_step(list(theta.values()), list(momentum.values()), grads, lr, rule)
-        theta, momentum = (dict(zip(names, tensors, strict=True)) for tensors in new)
-
-    theta = _leaves(theta, reached)
+    steps, theta = _unroll(kinds, gradient, theta, momentum, weights, lr, rule, keep, random)
     with torch.enable_grad():
         loss = outer(theta)
     end = _random_state(theta) if random else []
     # u: cotangents of θ and of the momentum where a step ends; both are overwritten as the sweep goes on.
-    u_theta = _owned(_cotangents([loss], list(theta.values()), [torch.ones_like(loss)]), list(theta.values()))
+    ones = {"loss": torch.ones_like(loss)}
+    u_theta = _owned(_grad(_edges({"loss": loss}), list(theta.values()), ones), list(theta.values()))
     u_momentum: list[Tensor] | None = None
     loss = loss.detach()
     while steps:
@@ -107,8 +94,8 @@ def meta_gradient(
             if random:
                 _set_random_state(step.random, theta)
             with torch.enable_grad():
-                g = gradient(kind, theta, of_batch)
-        v = _cotangents(list(g.values()), [*of_batch, *theta.values()], [g_bar[name] for name in g])
+                g = _edges(gradient(kind, theta, of_batch))
+        v = _grad(g, [*of_batch, *theta.values()], g_bar)
         total[kind.batch] = [_plus(x, y) for x, y in zip(sums, v[: len(sums)], strict=True)]
         v_theta = [(u, x) for u, x in zip(u_theta, v[len(sums) :], strict=True) if x is not None]
         if v_theta:
@@ -121,6 +108,35 @@ def meta_gradient(
         for of_batch, sums in zip(a, total, strict=True)
     ]
     return loss, grads_a
+
+
+def _unroll(
+    kinds: Sequence[Kind],
+    gradient: StepGradient,
+    theta: Theta,
+    momentum: Theta,
+    weights: Sequence[list[Tensor]],
+    lr: Tensor,
+    rule: SGD,
+    keep: bool,
+    random: bool,
+) -> tuple[list[_Step], Theta]:
+    """(the steps, θ after them as leaves of autograd); the graphs of the steps are built, and kept if `keep`."""
+    theta = {name: p.detach() for name, p in theta.items()}
+    steps: list[_Step] = []
+    reached: set[str] = set()  # parameters that depend on a by now; none in the first step
+    for kind in kinds:
+        start = _leaves(theta, reached)
+        state = _random_state(theta) if random else []
+        with torch.enable_grad():
+            g = gradient(kind, start, weights[kind.batch])
+        steps.append(_Step(start, {name: x.dtype for name, x in g.items()}, _edges(g) if keep else {}, state))
+        reached = reached.union(name for name, x in g.items() if x.requires_grad)
+        grads = [g[name].detach() if name in g else None for name in theta]
+        del g  # and with it, unless it is kept, its graph
+        new = sgd_step(list(theta.values()), list(momentum.values()), grads, lr, rule)
+        theta, momentum = (dict(zip(theta, tensors, strict=True)) for tensors in new)
+    return steps, _leaves(theta, reached)
 
 
 def _leaves(tensors: Theta, variables: set[str]) -> Theta:
@@ -139,20 +155,23 @@ def _set_random_state(state: list[Tensor], theta: Theta) -> None:
         torch.cuda.set_rng_state(state[1], next(iter(theta.values())).device)
 
 
-def _cotangents(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+def _edges(tensors: Mapping[str, Tensor]) -> dict[str, GradientEdge]:
+    """Where the graphs of those end that are no constants."""
+    return {name: get_gradient_edge(x) for name, x in tensors.items() if x.requires_grad}
+
+
+def _grad(
+    outputs: Mapping[str, GradientEdge], inputs: Sequence[Tensor], cotangents: Mapping[str, Tensor | None]
 ) -> list[Tensor | None]:
     """`torch.autograd.grad`; None for an input that is a constant or that no output depends on."""
-    used = [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output.requires_grad and cotangent is not None
-    ]
     variables = [x for x in inputs if x.requires_grad]
-    if not used or not variables:
+    if not outputs or not variables:
         return [None] * len(inputs)
-    outputs, cotangents = zip(*used, strict=True)
-    grads = iter(torch.autograd.grad(outputs, variables, cotangents, allow_unused=True))
+    grads = iter(
+        torch.autograd.grad(
+            list(outputs.values()), variables, [cotangents[name] for name in outputs], allow_unused=True
+        )
+    )
     return [next(grads) if x.requires_grad else None for x in inputs]
 
 

@@ -1,7 +1,7 @@
 """An iteration in one CUDA graph: inputs at fixed places, one replay, metrics in a ring that outlives it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -24,9 +24,17 @@ class CudaGraph:
 
     def __init__(self, function: Callable[[], object], stream: torch.cuda.Stream | None, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads (loaders that pin memory) may call CUDA meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            function()
+        current = torch.cuda.current_stream()
+        try:
+            # thread_local: other threads (loaders that pin memory) may call CUDA meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                function()
+        except Exception:
+            # A capture that CUDA itself broke off leaves the stream current and the allocator in the graph's pool.
+            torch.cuda.set_stream(current)
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(current.device_index, pool)
+            raise
 
     def replay(self) -> None:
         self._graph.replay()
@@ -88,7 +96,7 @@ class Inputs:
         for ours, theirs in zip(self.tensors, tensors, strict=True):
             ours.copy_(theirs, non_blocking=True)
         if self._stages:
-            self._stages[self._turn].free.record()
+            self._stages[self._turn].free.record(torch.cuda.current_stream(device))
 
 
 class _Stage:
@@ -107,7 +115,7 @@ class _Stage:
             place = self._device[i]
             if place is None:
                 place = self._device[i] = torch.empty_like(tensors[i], device=device)
-                self.free.record()  # what the memory held before may still be read
+                self.free.record(torch.cuda.current_stream(device))  # what the memory held before may still be read
             places[i] = place
         copies.wait_event(self.free)
         with torch.cuda.stream(copies):
@@ -171,7 +179,11 @@ class Graphs:
             self._allowed()
             return CudaGraph(lambda: self._write(entry), self._stream, self._pool)
         except Exception as error:  # whatever a capture may raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            self._pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
+            cause: BaseException = error  # the end of a broken capture raises as well
+            while cause.__context__ is not None:
+                cause = cause.__context__
+            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
             raise CaptureError(reason[:200].rstrip(".")) from error
 
     def _write(self, entry: "_Entry") -> None:
@@ -188,9 +200,11 @@ class Graphs:
             return
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
 
 
 class _Entry:

@@ -209,6 +209,7 @@ def _beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         yield from batches
         return
     stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # which may still write the images
     while True:
         with torch.cuda.stream(stream):
             batch = next(batches, None)

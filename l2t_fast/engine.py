@@ -135,7 +135,7 @@ class Engine:
         }
         self._meta_lr_value = float(meta_lr)
         self._adam_options = (
-            {"lr": torch.tensor(float(meta_lr), device=self._device), "fused": True, "capturable": True}
+            {"lr": torch.tensor(meta_lr, dtype=torch.float32, device=self._device), "fused": True, "capturable": True}
             if self._device.type == "cuda"
             else {"lr": float(meta_lr), "fused": None, "capturable": False}
         )
@@ -144,6 +144,8 @@ class Engine:
             if self._phi
             else None
         )
+        if self._adam is not None:  # it runs uncaptured first, and says so otherwise
+            self._adam._warned_capturable_if_run_uncaptured = True
         self._plain = functions.plain(learner, beta)
         self._compiled: Functions | None = None
         self._compiled_shapes: tuple[Any, ...] = ()
@@ -187,9 +189,10 @@ class Engine:
         """One iteration: the real step of θ, the simulated steps from there, Adam on φ.
 
         Args:
-            x, y: images [B, C, H, W] and labels [B], int64, on the device of the target or on the CPU: from pinned
-                memory they are copied while the iteration before still runs. With scheme "simulation" also a list or
-                tuple of such batches, taken in turn by the T steps; the real step uses the first.
+            x, y: images [B, C, H, W] and labels [B], int64, on the device of the target or on the CPU: under graphs
+                those are copied while the iteration before still runs (pinned memory must not be overwritten while
+                it is). With scheme "simulation" also a list or tuple of such batches, taken in turn by the T steps;
+                the real step uses the first.
             val: (images, labels) of L_meta; needed by "simulation". By default "transfer" measures it on (x, y).
 
         Returns:
@@ -303,6 +306,8 @@ class Engine:
                 self._adam.load_state_dict(theirs)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 raise L2TError("this state does not fit the learner: its 'adam' is of another optimizer.") from error
+            for options in self._adam.param_groups:
+                options["lr"] = self._adam_options["lr"]  # loading makes a copy, which no captured graph reads
             self._keep_places(before)
             self.meta_lr = meta_lr
         for group, tensors in groups.items():
@@ -336,7 +341,9 @@ class Engine:
     def _give_up_graphs(self, error: CaptureError) -> None:
         """Goes on launch by launch where "auto" picked the mode; raises otherwise."""
         if not self._auto:
-            raise L2TError(f"mode='{self.mode}' cannot capture the iteration ({error}): use mode='eager'.") from error
+            raise L2TError(
+                f"mode='{self.mode}' cannot capture the iteration ({error}): use mode='auto', which goes on without."
+            ) from error
         self._say(f"l2t_fast: the iteration cannot be captured ({error}): it goes on launch by launch, slower\n")
         self._graphs = None
         self.mode = "eager" if self.mode == "graph" else self.mode
@@ -381,7 +388,7 @@ class Engine:
         if self._adam is not None:
             meta_loss, grads = self._meta_gradient(tensors, batches, a)
             for p, g in zip(self._phi.values(), grads, strict=True):
-                p.grad = g
+                p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)  # fused Adam wants them alike
             self._adam.step()
             metrics["meta_loss"] = meta_loss
         return metrics
@@ -394,7 +401,7 @@ class Engine:
         all_lam: list[list[Tensor]] = []
         for x, y in self._split(tensors)[0]:
             if self.learner.pairs:
-                S, source_of, a, lam = self._functions(tensors).prepare(x)
+                S, source_of, a, lam = self._functions(tensors).prepare(x, self.learner.resizes(x))
             else:
                 S, source_of, a, lam = [], [], [], []
             batches.append(Batch(x, y, S, source_of, [a_p.detach() for a_p in a]))
@@ -451,7 +458,7 @@ class Engine:
             self._lr,
             self._rule,
             self.memory,
-            random=self._draws is None or self._draws.device,
+            random=self._draws is None or any(self._draws),
         )
         flat, flat_grads = [a_p for of_batch in a for a_p in of_batch], [g for of_batch in grads_a for g in of_batch]
         return loss, list(torch.autograd.grad(flat, list(self._phi.values()), flat_grads))

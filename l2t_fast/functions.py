@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from l2t_fast import inner
-from l2t_fast.bilevel import Kind, simulated_steps
+from l2t_fast.bilevel import Kind, Scheme, simulated_steps
 from l2t_fast.errors import L2TError
 from l2t_fast.inner import Batch, Gradient, Theta
 from l2t_fast.transfer import L2T
@@ -32,9 +32,10 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Functions:
-    """prepare(x); gradient(kind, simulated, θ, batch) of L_org + L_wfm as `kind` says; task_loss(θ, x, y)."""
+    """prepare(x, `L2T.resizes`(x)); gradient(kind, simulated, θ, batch) of L_org + L_wfm as `kind` says;
+    task_loss(θ, x, y)."""
 
-    prepare: Callable[[Tensor], Prepared]
+    prepare: Callable[[Tensor, bool], Prepared]
     gradient: Callable[[Kind, bool, Theta, Batch], Gradient]
     task_loss: Callable[[Theta, Tensor, Tensor], Tensor]
 
@@ -42,9 +43,9 @@ class Functions:
 def plain(learner: L2T, beta: float) -> Functions:
     """Each operation as PyTorch runs it."""
 
-    def prepare(x: Tensor) -> Prepared:
+    def prepare(x: Tensor, resized: bool) -> Prepared:
         S = learner.source_features(x)
-        return Prepared(*learner.matching_sources(S, x), *learner.cotangents(S, beta))
+        return Prepared(*learner.matching_sources(S, resized), *learner.cotangents(S, beta))
 
     def gradient(kind: Kind, simulated: bool, theta: Theta, batch: Batch) -> Gradient:
         return inner.gradient(learner, theta, batch, task=kind.task, matching=kind.matching, simulated=simulated)
@@ -95,7 +96,7 @@ def compiled(functions: Functions, units: Sequence[str], say: Say) -> Functions:
         return run(name_of(kind, simulated, first), of_kind, theta, batch)
 
     return Functions(
-        lambda x: run(SOURCES, functions.prepare, x),
+        lambda x, resized: run(SOURCES, functions.prepare, x, resized),
         gradient,
         lambda theta, x, y: run(OUTER, functions.task_loss, theta, x, y),
     )
@@ -112,7 +113,7 @@ def name_of(kind: Kind, simulated: bool, first: bool) -> str:
     return f"first {name}" if first else name
 
 
-def units(scheme: Any, inner_steps: int, pairs: bool, meta: bool) -> list[str]:
+def units(scheme: Scheme, inner_steps: int, pairs: bool, meta: bool) -> list[str]:
     """What `compiled` compiles for an iteration, in order."""
     steps = simulated_steps(scheme, 1, min(inner_steps, 2)) if meta else []
     names = [name_of(kind, True, first=t == 0) for t, kind in enumerate(steps)]

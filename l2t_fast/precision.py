@@ -19,23 +19,28 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    conv: Any = cudnn.conv  # type: ignore[attr-defined]
-    products, convolutions, benchmark = matmul.fp32_precision, conv.fp32_precision, cudnn.benchmark
+    backends: Any = torch.backends
+    # All that the older switches below change of the newer ones.
+    newer = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    before, benchmark = [switch.fp32_precision for switch in newer], backends.cudnn.benchmark
     try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the user has set the newer switch alone
-        older = "highest"
-    # The older switches set the newer ones too; the reverse leaves PyTorch unable to read the older ones.
+        products, convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    except RuntimeError:  # the user has set the newer switches alone
+        products, convolutions = "highest", True
+    # The older switches first: the newer alone would leave PyTorch unable to read the older ones.
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    cudnn.allow_tf32 = precision == "tf32"
-    cudnn.benchmark = True
+    backends.cudnn.allow_tf32 = precision == "tf32"
+    for switch in newer[2:]:  # without TF32 the older one leaves them to inherit it
+        switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    backends.cudnn.benchmark = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(older)
-        cudnn.allow_tf32 = convolutions == "tf32"
-        matmul.fp32_precision, conv.fp32_precision, cudnn.benchmark = products, convolutions, benchmark
+        torch.set_float32_matmul_precision(products)
+        backends.cudnn.allow_tf32 = convolutions
+        for switch, value in zip(newer, before, strict=True):
+            switch.fp32_precision = value
+        backends.cudnn.benchmark = benchmark
 
 
 def layout(precision: Precision) -> torch.memory_format:

@@ -205,7 +205,7 @@ class _Readback:
             for name, value in stacked.items():
                 host[name].copy_(value, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(next(iter(stacked.values())).device))
             stacked = host
         self._values = stacked
 

@@ -152,15 +152,20 @@ class L2T(nn.Module):
         half = dict(zip(names, cast(x.dtype, *map(network.get_parameter, names)), strict=True))
         return torch.func.functional_call(network, half, (x,))  # type: ignore[no-any-return]
 
-    def matching_sources(self, S: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[int]]:
+    def resizes(self, x: Tensor) -> bool:
+        """Whether the operators get R(S) for images x, instead of S.
+
+        ATen's operators resize in memory: once an iteration is cheaper. Triton's gather from S itself. So do all of
+        them for images of another size than the example's.
+        """
+        return x.shape[1:] == self._image_shape and ops.implementation(x) is torch_impl
+
+    def matching_sources(self, S: Sequence[Tensor], resized: bool) -> tuple[list[Tensor], list[int]]:
         """(source features for the operators, which of them each pair has), from `source_features`.
 
-        ATen's operators resize in memory: once an iteration is cheaper, so they get R(S) [B, C_s, H, W] at every
-        resolution that a paired target layer has. Triton's gather from S itself. So do all of them for images of
-        another size than the example's.
+        resized: R(S) [B, C_s, H, W] at every resolution that a paired target layer has.
         """
-        usual = x.shape[1:] == self._image_shape
-        if not S or not usual or ops.implementation(S[0]) is not torch_impl:
+        if not resized:
             return list(S), self.source_of
         return [torch_impl.resize(S[m], size) for m, size in self._resizes], self._resized_of
 
@@ -189,7 +194,8 @@ class L2T(nn.Module):
     def cotangents(self, S: Sequence[Tensor], beta: float) -> tuple[list[Tensor], list[Tensor]]:
         """(a = (β/B) λ w, so that L_wfm = Σ a E: a [B, C_s] for each pair, λ: a [B] for each pair)."""
         return self._of_pairs(
-            (group, (beta / w.shape[1]) * lam[:, :, None] * w, lam) for group, w, lam in self._grouped_weights(S)
+            (group, ((beta / w.shape[1]) * lam[:, :, None] * w).contiguous(), lam)
+            for group, w, lam in self._grouped_weights(S)
         )
 
     def _of_pairs(self, groups: Iterable[tuple[list[int], Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -214,7 +220,9 @@ class L2T(nn.Module):
         if self._what == "uniform":
             return pooled.new_full((), 1 / C_s).expand(P, B, C_s)
         weight, bias = (torch.stack(tensors) for tensors in _parameters(self.what, group, ("weight", "bias")))
-        return F.softmax(torch.baddbmm(bias[:, None], pooled.expand(P, B, C_s), weight.mT), 2)  # [P, B, C_s]
+        # The weights as the first factor, so that their gradients come out laid out in memory as they are.
+        logits = torch.baddbmm(bias[:, :, None], weight, pooled.T.expand(P, C_s, B))  # [P, C_s, B]
+        return F.softmax(logits, 1).mT  # [P, B, C_s]
 
     def _where_weights(self, group: Sequence[int], pooled: Tensor) -> Tensor:
         P, (B, C_s) = len(group), pooled.shape

@@ -216,7 +216,7 @@ def test_what_cannot_be_captured_is_refused_and_nothing_changed(
     monkeypatch.setattr(capture, "CudaGraph", failing)
     for _ in range(2):
         with pytest.raises(
-            L2TError, match=r"cannot capture .*\(operation not permitted .*capturing\): use mode='eager'"
+            L2TError, match=r"cannot capture .*\(operation not permitted .*capturing\): use mode='auto'"
         ):
             graph.step(*batch(5))
         same(everything(graph), before)

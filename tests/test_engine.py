@@ -266,7 +266,7 @@ def test_meta_gradient_equals_finite_differences(case: dict[str, Any]) -> None:
         for name, p in phi.items():
             p.copy_(start[name] + offset[name])
         S = learner.source_features(train[0])
-        data = inner.Batch(*train, *learner.matching_sources(S, train[0]), learner.cotangents(S, engine.beta)[0])
+        data = inner.Batch(*train, *learner.matching_sources(S, True), learner.cotangents(S, engine.beta)[0])
         theta = {name: p.detach() for name, p in inner.parameters(learner).items()}
         momentum = engine.state_dict()["momentum"]
         rule, lr = SGD(0.9, 1e-2, bool(case)), torch.tensor(engine.lr)
@@ -411,7 +411,7 @@ def test_the_first_step_forms_no_hessian_product(scheme: bilevel.Scheme, memory:
     S = learner.source_features(x)
     with torch.no_grad():
         a, _ = learner.cotangents(S, engine.beta)
-    data = inner.Batch(x, y, *learner.matching_sources(S, x), a)
+    data = inner.Batch(x, y, *learner.matching_sources(S, True), a)
     kinds = bilevel.simulated_steps(scheme, 1, 1)
 
     def step(kind: bilevel.Kind, theta: Tensors, weights: list[Tensor]) -> Tensors:
@@ -762,7 +762,8 @@ def test_triton_kernels_change_nothing(memory: bilevel.Memory, monkeypatch: pyte
     monkeypatch.setattr(sgd, "_fused", lambda tensors: True)
     learner = small_learner()
     S = learner.source_features(X)
-    assert [x.data_ptr() for x in learner.matching_sources(S, X)[0]] == [x.data_ptr() for x in S]
+    assert not learner.resizes(X)
+    assert [x.data_ptr() for x in learner.matching_sources(S, False)[0]] == [x.data_ptr() for x in S]
     ours, ours_after = trained()
     assert_close(ours, theirs)
     assert_close(ours_after["parameters"], after["parameters"])

@@ -1,5 +1,6 @@
 """Modes, precisions and compiled functions on the CPU; `test_cuda.py` has what needs a GPU."""
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from l2t_fast import L2T, Engine, L2TError, functions
-from l2t_fast.engine import _choose_mode
+from l2t_fast.engine import _choose_mode, _Draws
+from l2t_fast.kernels import ops, torch_impl
 from l2t_fast.models import build_model, default_layers
 from l2t_fast.precision import arithmetic
 from l2t_fast.reference import Reference
@@ -78,6 +80,29 @@ def test_dropout_is_drawn_alike(aot_eager: None) -> None:
     assert error(steps("compile"), expected) < 1e-9
     torch.manual_seed(5)
     assert error(steps("eager"), expected) == 0  # so that the seeds above decide
+
+
+def test_switches_are_not_read_where_compilers_trace(aot_eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo cannot trace them; on CUDA the choice of the operators' implementation reads one."""
+
+    def reads(feature: torch.Tensor) -> Any:
+        assert torch.backends.cuda.matmul.fp32_precision in ("none", "ieee", "tf32")
+        return torch_impl
+
+    monkeypatch.setattr(ops, "implementation", reads)
+    compiled, eager = small(mode="compile"), small(mode="eager")
+    expected, metrics = (e.step(*small_batch(0, 8)) for e in (eager, compiled))
+    assert error(metrics, expected) < 1e-9
+
+
+def test_compiled_bfloat16_equals_eager(aot_eager: None) -> None:
+    def half(mode: Any) -> Engine:
+        return engine(learner(torch.float32), mode=mode, precision="bf16", inner_steps=1)
+
+    compiled, eager = half("compile"), half("eager")
+    for i in range(2):
+        expected, metrics = (e.step(*batch(i, 4, torch.float32)) for e in (eager, compiled))
+        assert error(metrics, expected) < 1e-2
 
 
 def test_the_cost_of_compiling_does_not_grow_with_the_steps(aot_eager: None) -> None:
@@ -294,31 +319,97 @@ def test_low_precision_needs_float32_networks(precision: Any) -> None:
 
 
 def switches() -> list[Any]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    conv: Any = cudnn.conv
-    return [matmul.fp32_precision, conv.fp32_precision, cudnn.benchmark]
+    """All of PyTorch's that an engine may touch."""
+    backends: Any = torch.backends
+    newer = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    return [*(switch.fp32_precision for switch in newer), backends.cudnn.benchmark]
 
 
-@pytest.mark.parametrize("older", ["highest", "high"])
-def test_switches_are_the_engines_own(older: str) -> None:
-    cuda = torch.device("cuda")
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision(older)
-        users = switches()
-        with arithmetic("tf32", cuda):
-            assert switches() == ["tf32", "tf32", True]
-            with arithmetic("fp32", cuda):
-                assert switches()[0] == "ieee"
-                assert switches()[1] != "tf32"
-            assert switches() == ["tf32", "tf32", True]
-        assert switches() == users
-        assert torch.get_float32_matmul_precision() == older
-        with arithmetic("tf32", torch.device("cpu")):
-            assert switches() == users
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """PyTorch's switches after the test as before it."""
+    backends: Any = torch.backends
+    newer = [
+        backends,
+        backends.cudnn,
+        backends.cuda.matmul,
+        backends.mkldnn.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+    ]
+    before = [switch.fp32_precision for switch in newer]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    backends.cudnn.allow_tf32 = True
+    for switch, value in zip(newer, before, strict=True):
+        switch.fp32_precision = value
+
+
+@pytest.mark.parametrize("users", ["nothing", "older", "newer", "newer for all", "newer for cuDNN"])
+def test_switches_are_the_engines_own(users: str, restored: None) -> None:
+    cuda, backends = torch.device("cuda"), torch.backends
+    if users == "older":
+        torch.set_float32_matmul_precision("high")
+    elif users == "newer":
+        backends.cuda.matmul.fp32_precision = "tf32"
+        backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    elif users == "newer for all":
+        backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    elif users == "newer for cuDNN":
+        backends.cudnn.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    before = switches()
+    for precision, wanted in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")):
+        with arithmetic(precision, cuda):  # type: ignore[arg-type]
+            inside = switches()
+            assert (inside[0], inside[2], inside[4]) == (wanted, wanted, True)
+            assert torch.get_float32_matmul_precision() == ("high" if wanted == "tf32" else "highest")
+            assert backends.cudnn.allow_tf32 == (wanted == "tf32")  # the older ones can be read
+            with arithmetic("tf32", cuda):
+                pass
+            assert switches() == inside
+        assert switches() == before
+    with arithmetic("tf32", torch.device("cpu")):
+        assert switches() == before
+    with contextlib.suppress(ZeroDivisionError), arithmetic("tf32", cuda):
+        raise ZeroDivisionError
+    assert switches() == before
+
+
+def test_fused_adam_takes_the_gradients_as_they_are() -> None:
+    """It pairs elements by their place in memory: gradients must lie there as the parameters do."""
+    usual, fused = small(), small()
+    fused._adam.param_groups[0]["fused"] = True  # type: ignore[union-attr]
+    for i in range(3):
+        x, y = small_batch(i, 8)
+        assert all(g.stride() == fused._phi[name].stride() for name, g in fused.meta_gradient(x, y).items())
+        usual.step(x, y)
+        fused.step(x, y)
+    assert error(everything(fused), everything(usual)) < 1e-9
+
+
+def test_a_loaded_learning_rate_stays_where_graphs_read_it() -> None:
+    of, other = small(), small(meta_lr=0.5)
+    place = torch.tensor(1e-3)
+    of._adam_options["lr"] = of._adam.param_groups[0]["lr"] = place  # type: ignore[union-attr]  # as on CUDA
+    of.step(*small_batch(0, 8))
+    moments = [t for m in of._adam.state.values() for t in m.values()]  # type: ignore[union-attr]
+    other.step(*small_batch(1, 8))
+    of.load_state_dict(other.state_dict())
+    assert (place.item(), of.meta_lr) == (0.5, 0.5)
+    of.meta_lr = 0.25
+    assert place.item() == 0.25
+    assert [id(t) for m in of._adam.state.values() for t in m.values()] == [id(t) for t in moments]  # type: ignore[union-attr]
+    assert error(everything(of), everything(other)) == 0
+
+
+def test_numbers_that_the_host_draws_are_drawn_again_in_recompute() -> None:
+    gradients = []
+    for memory in ("save", "recompute"):
+        of = engine(learner(dropout=nn.Dropout(0.5)), memory=memory)
+        of._draws = _Draws(host=True, device=False)
+        torch.manual_seed(3)
+        gradients.append(of.meta_gradient(*batch(0)))
+    assert error(*gradients) < 1e-9
 
 
 def test_a_learning_rate_may_be_set_at_any_time() -> None:

@@ -1,7 +1,7 @@
 """The fused SGD step and its adjoint against torch.optim and autograd; Triton in the interpreter, or on a GPU."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,13 +20,14 @@ SHAPES = [(3,), (2, 5, 3, 3), (1, 1), (4, 7), (2, 4, 1, 1), (0,)]
 
 
 @pytest.fixture(params=["aten", "triton"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Triton with blocks so small that parameters need several, and launches of at most four parameters."""
     monkeypatch.setattr(sgd, "_fused", lambda tensors: request.param == "triton")
     monkeypatch.setattr(triton_sgd, "BLOCK", 16)
     monkeypatch.setattr(triton_sgd, "LIMIT", 4)
     triton_sgd._programs.cache_clear()
-    return str(request.param)
+    yield str(request.param)
+    triton_sgd._programs.cache_clear()  # of small blocks
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float64, layout: Any = torch.contiguous_format) -> list[Tensor]:
