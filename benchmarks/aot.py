@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from l2t_fast.kernels import triton_impl
+from l2t_fast.kernels import launching, sgd, triton_impl, triton_norm, triton_sgd
 
 RESULTS = Path(__file__).parent / "results" / "aot.jsonl"
 
@@ -54,7 +54,7 @@ CASES = {
     ),
     "imagenet": (64, RESNET, RESNET),
 }
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,16 @@ class Row:
         """What is wrong with it, one sentence each."""
         _, shared, instruction = ARCHITECTURES[self.arch]
         channels_last = self.layout == "channels_last"
-        tiles = self.kernel != "reduction" and self.arithmetic != "ieee"
+        products = self.kernel.startswith(("position", "channel")) and self.arithmetic != "ieee"
+        # SGD goes through parameters as they lie in memory, whatever the features' layout.
+        flat, small = self.kernel.startswith("sgd"), self.kernel in ("reduction", "norm coefficients")
+        tiles = channels_last and not small and (products or self.kernel.startswith("norm"))
         checks = {
             f"it spills {self.spills}": self.spills > (ASIDE if self.registers < 255 else 0),
             f"it has {self.shared} bytes of shared memory, more than {shared}": self.shared > shared,
-            f"it has no {instruction}": self.tensor == 0 and tiles,
-            "it has no 16-byte loads": self.wide == 0 and tiles and channels_last,
-            f"it has {self.narrow} narrow loads": self.narrow > 0 and tiles and channels_last,
+            f"it has no {instruction}": self.tensor == 0 and products,
+            "it has no 16-byte loads": self.wide == 0 and (flat or tiles),
+            f"it has {self.narrow} narrow loads": self.narrow > 0 and tiles,
         }  # fmt: skip
         return [rule for rule, broken in checks.items() if broken]
 
@@ -106,7 +109,7 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
     pairs = list(itertools.product(range(len(sources)), range(len(targets))))
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     T = [empty(batch, *shape).to(memory_format=LAYOUTS[layout]) for shape in targets]
     S = [empty(batch, *shape).to(memory_format=LAYOUTS[layout]) for shape in sources]
@@ -116,23 +119,39 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
     of = [m for m, _ in pairs], [n for _, n in pairs]
     launched: dict[str, Kernel] = {}
 
-    def record(function: Any, programs: Tensor, arguments: dict[str, Any], warps: int, stages: int) -> None:
-        words = [function.__name__.removesuffix("_kernel"), "adjoint" if arguments.get("ADJOINT") else "gradient"]
-        words += [flag.lower() for flag in ("PRODUCTS", "SUMS") if arguments.get(flag)]
-        name = "reduction" if "BLOCK" in arguments else " ".join(words)
+    def record(
+        function: Any, grid: tuple[int, ...], arguments: dict[str, Any], place: Tensor, warps: int, stages: int = 3
+    ) -> None:
+        part = function.__name__.removesuffix("_kernel")
+        if function.fn.__module__ == triton_sgd.__name__:
+            name = f"sgd {part}"
+        elif function.fn.__module__ == triton_norm.__name__:
+            name = f"norm {part}"
+        elif part == "reduction":
+            name = part
+        else:
+            words = [part, "adjoint" if arguments["ADJOINT"] else "gradient"]
+            name = " ".join([*words, *(flag.lower() for flag in ("PRODUCTS", "SUMS") if arguments.get(flag))])
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
         launched[name] = Kernel(name, function, arguments, options)
 
     with (
-        mock.patch.object(triton_impl, "_launch", record),
+        mock.patch.object(launching, "launch", record),
         mock.patch.object(triton_impl, "device_properties", return_value=(arch, 132)),
         mock.patch.object(triton_impl, "_precision", return_value=precision),
+        mock.patch.object(triton_norm, "_processors", return_value=132),
     ):
         triton_impl.matching_distances(T, S, r, bias, *of)
         triton_impl.matching_gradient(T, S, r, bias, a, *of, True)
         triton_impl.matching_gradient(T, S, r, bias, a, *of, False)
         triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, True)
         triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, False)
+        channel = empty(T[0].shape[1], dtype=torch.float32)
+        triton_norm.adjoint(T[0], channel, channel, T[0], T[0], *[channel] * 5, True)
+        theta = [empty(64, 64, 3, 3, dtype=torch.float32)] * 8
+        lr = empty(dtype=torch.float64)
+        triton_sgd.step(theta, theta, [p.to(dtype) for p in theta], lr, sgd.SGD())
+        triton_sgd.adjoint(theta, theta, [dtype] * 8, lr, sgd.SGD())
     return list(launched.values())
 
 
@@ -149,10 +168,12 @@ def compiled(kernel: Kernel, arch: str) -> Any:
         elif isinstance(argument, tuple) and isinstance(argument[0], Tensor):
             signature[name] = tuple(POINTERS[t.dtype] for t in argument)
             attributes |= {(i, j): aligned for j in range(len(argument))}
-        elif name.isupper():
+        elif kernel.function.params[i].is_constexpr:
             signature[name], constants[i,] = "constexpr", argument
         else:
             signature[name] = "i32"
+            if argument % 16 == 0:
+                attributes[i,] = aligned
     source = ASTSource(kernel.function, signature, constants, attributes)
     return triton.compile(source, target=ARCHITECTURES[arch][0], options=kernel.options)
 

@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from l2t_fast.kernels import launching
 from l2t_fast.kernels.plan import (
     REDUCED,
     Feature,
@@ -144,8 +145,7 @@ def _arguments(primal: _Primal, u: _Direction | None, launch: Launch) -> dict[st
 def _launch(kernel: Any, programs: Tensor, arguments: dict[str, Any], warps: int, stages: int) -> None:
     """One program for each row of `programs`; nothing where there is none."""
     if len(programs):
-        with torch.cuda.device_of(programs):
-            kernel[(len(programs),)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        launching.launch(kernel, (len(programs),), arguments, programs, warps, stages)
 
 
 def _dense(feature: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ Positions are the N = B·H·W of a channel; x is [N, C] in memory where it is ch
 # mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from l2t_fast.kernels import launching
 
 ELEMENTS = 4096  # of a tile
 WARPS = 8
@@ -207,37 +208,36 @@ def adjoint(
     coefficients = torch.empty(COEFFICIENTS, C, dtype=dtype, device=x.device)
     v_g = torch.empty_like(g)
     v_x, v_gamma = (torch.empty_like(x), torch.empty_like(gamma)) if primal else (None, None)
-    shape = {"N": N, "C": C, "HW": H * W}
-    options: dict[str, Any] = {
-        "PRIMAL": primal,
-        "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
-        "num_warps": WARPS,
-        "enable_fp_fusion": True,
+    shape = {"N": N, "C": C}
+    options = {"PRIMAL": primal, "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32}
+    tiled = {
+        **shape,
+        **options,
+        "HW": H * W,
+        "CHANNELS_LAST": channels_last,
+        "BN": BN,
+        "BC": BC,
+        "u": u,
+        "g": g,
+        "x": x,
     }
-    tiled = options | {"CHANNELS_LAST": channels_last, "BN": BN, "BC": BC}
-    with torch.cuda.device_of(x):
-        sums_kernel[(blocks, shares)](u, g, x, mean, rstd, partial, **shape, SHARE=share, **tiled)
-        coefficients_kernel[(triton.cdiv(C, SUMMED[1]),)](
-            partial,
-            u_gamma,
-            u_beta,
-            gamma,
-            mean,
-            rstd,
-            g_gamma,
-            g_beta,
-            coefficients,
-            gamma if v_gamma is None else v_gamma,
-            N=N,
-            C=C,
-            SHARES=shares,
-            BS=SUMMED[0],
-            BC=SUMMED[1],
-            **options,
-        )
-        combine_kernel[(triton.cdiv(N, BN), blocks)](
-            u, g, x, coefficients, v_g, v_g if v_x is None else v_x, **shape, **tiled
-        )
+    sums = {**tiled, "mean": mean, "rstd": rstd, "partial": partial, "SHARE": share}
+    launching.launch(sums_kernel, (blocks, shares), sums, x, WARPS)
+    vectors = {
+        "u_gamma": u_gamma,
+        "u_beta": u_beta,
+        "gamma": gamma,
+        "mean": mean,
+        "rstd": rstd,
+        "g_gamma": g_gamma,
+        "g_beta": g_beta,
+        "v_gamma": gamma if v_gamma is None else v_gamma,  # without PRIMAL not written
+    }
+    chosen = {"partial": partial, "coefficients": coefficients, "SHARES": shares, "BS": SUMMED[0], "BC": SUMMED[1]}
+    grid = (triton.cdiv(C, SUMMED[1]),)
+    launching.launch(coefficients_kernel, grid, {**shape, **options, **vectors, **chosen}, x, WARPS)
+    outputs = {"coefficients": coefficients, "v_g": v_g, "v_x": v_g if v_x is None else v_x}
+    launching.launch(combine_kernel, (triton.cdiv(N, BN), blocks), {**tiled, **outputs}, x, WARPS)
     return v_g, v_x, v_gamma
 
 

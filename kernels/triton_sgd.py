@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l2t_fast.kernels import launching
 from l2t_fast.kernels.sgd import SGD
 from l2t_fast.kernels.triton_kernels import _pick
 
@@ -223,22 +224,20 @@ def _launch(
 ) -> None:
     first = next(iter(lists.values()))
     programs = _programs(tuple(p.numel() for p in first), first[0].device)
-    with torch.cuda.device_of(programs):
-        kernel[(len(programs),)](
-            **lists,
-            **flags,
-            lr=lr,
-            programs=programs,
-            N=len(first),
-            BLOCK=BLOCK,
-            GRADIENT=gradient is not None,
-            MOMENTUM=rule.momentum,
-            DECAY=rule.weight_decay,
-            NESTEROV=rule.nesterov,
-            DTYPE=tl.float64 if first[0].dtype == torch.float64 else tl.float32,
-            num_warps=WARPS,
-            enable_fp_fusion=True,
-        )
+    arguments = {
+        **lists,
+        **flags,
+        "lr": lr,
+        "programs": programs,
+        "N": len(first),
+        "BLOCK": BLOCK,
+        "GRADIENT": gradient is not None,
+        "MOMENTUM": rule.momentum,
+        "DECAY": rule.weight_decay,
+        "NESTEROV": rule.nesterov,
+        "DTYPE": tl.float64 if first[0].dtype == torch.float64 else tl.float32,
+    }
+    launching.launch(kernel, (len(programs),), arguments, programs, WARPS)
 
 
 @cache  # for good: CUDA graphs hold the tables' addresses
