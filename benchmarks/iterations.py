@@ -1,0 +1,368 @@
+"""Times whole iterations: `python -m benchmarks.iterations`.
+
+    reference   the paper in plain PyTorch (l2t_fast/reference.py)
+    official    the authors' own code, from a checkout of it (`--official`)
+    engine      l2t_fast.Engine in its modes, precisions and ways with memory
+
+Every contender's meta-gradient, taken from the very step that is timed, is first compared with float64 on several
+batches, from a state in which it is not chaotic: in float64 it must agree with the reference, in its own precision its
+error must be no larger than PyTorch's own in that precision. A contender that fails is timed, but gets no speedup.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import floors, official, others, results, timing
+from benchmarks.cases import CASES, Case, State
+from benchmarks.counts import count
+from benchmarks.results import Row, say, unavailable
+from benchmarks.telemetry import Telemetry
+from l2t_fast import Engine
+
+EXACT = 1e-9  # relative, float64
+TOLERANCE = 1.5  # times PyTorch's own error in the same precision
+BATCHES = 3  # that a contender is compared on
+CHECK_BATCH = 8  # images of each on a CPU; on a GPU as many as are timed
+CUDA_WARM_UP = 10  # iterations: a graph is captured after the first few
+ENERGY_SECONDS = 1.0  # that joules are counted for
+
+Gradient = dict[str, Tensor]
+Step = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run an iteration."""
+
+    by: str = "engine"
+    mode: str = "eager"
+    precision: str = "fp32"
+    memory: str = "save"
+
+    def __str__(self) -> str:
+        words = [self.mode] * (self.by == "engine") + [self.precision]
+        return " ".join([self.by, *words, *([] if self.memory == "save" else [self.memory])])
+
+
+REFERENCE = Way("reference")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way, ready to run. `meta_gradient` takes one step from the state of the start and gives what φ got."""
+
+    step: Step
+    meta_gradient: Callable[[Tensor, Tensor], Gradient]
+
+
+def contender(
+    way: Way, case: Case, state: State, device: torch.device, double: bool, checkout: Path | None
+) -> Contender:
+    """Made anew, at `state`, without momentum; `double` is the same way in float64."""
+    dtype = torch.float64 if double else torch.float32
+    if way.by == "engine":
+        return _engine(way, case, state, device, dtype)
+    if way.by == "reference":
+        return _reference(way, case, state, device, dtype)
+    theirs = official.Official(checkout, case, state, device, dtype)
+    return Contender(theirs.step, theirs.meta_gradient)
+
+
+def _engine(way: Way, case: Case, state: State, device: torch.device, dtype: torch.dtype) -> Contender:
+    learner = case.learner(device, dtype, state)
+    options: dict[str, Any] = {"mode": way.mode, "precision": way.precision, "memory": way.memory}
+    engine = Engine(learner, inner_steps=case.inner_steps, meta_weight_decay=0.0, **options)
+    start = copy.deepcopy(engine.state_dict())
+    names = [f"{part}.{name}" for part in ("what", "where") for name, _ in getattr(learner, part).named_parameters()]
+
+    def meta_gradient(x: Tensor, y: Tensor) -> Gradient:
+        if device.type == "cuda":
+            for _ in range(CUDA_WARM_UP):
+                engine.step(x, y)
+        engine.load_state_dict(start)
+        engine.step(x, y)
+        moments = engine.state_dict()["adam"]["state"]  # after one step from zero: exp_avg = (1 - 0.9) gradient
+        return {name: moments[i]["exp_avg"] / 0.1 for i, name in enumerate(names)}
+
+    return Contender(engine.step, meta_gradient)
+
+
+def _reference(way: Way, case: Case, state: State, device: torch.device, dtype: torch.dtype) -> Contender:
+    reference = case.reference(device, dtype, state)
+
+    def step(x: Tensor, y: Tensor) -> Any:
+        with pytorch_precision(way.precision, device):
+            return reference.step(x, y)
+
+    def meta_gradient(x: Tensor, y: Tensor) -> Gradient:
+        fresh = case.reference(device, dtype, state)
+        with pytorch_precision(way.precision, device):
+            fresh.step(x, y)
+        return {name: p.grad.clone() for name, p in fresh.phi.items() if p.grad is not None}
+
+    return Contender(step, meta_gradient)
+
+
+@contextmanager
+def pytorch_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """How plain PyTorch computes in a precision: bf16 by autocast."""
+    floors.set_precision(precision)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        floors.set_precision("fp32")
+
+
+# Correctness
+
+
+def relative_error(gradient: Gradient, exact: Gradient) -> float:
+    """‖g − exact‖ / ‖exact‖ over all of φ."""
+    if gradient.keys() != exact.keys():
+        raise ValueError(f"parameters differ: {sorted(gradient.keys() ^ exact.keys())}")
+    difference = sum((gradient[name].double() - g.double()).square().sum() for name, g in exact.items())
+    norm = sum(g.double().square().sum() for g in exact.values())
+    return math.sqrt(float(difference) / float(norm))
+
+
+class Judge:
+    """Compares contenders with the reference in float64."""
+
+    def __init__(self, case: Case, device: torch.device, batches: int = BATCHES) -> None:
+        self.case = case if device.type == "cuda" else replace(case, batch=min(case.batch, CHECK_BATCH))
+        self._device = device
+        self.state = _warm_state(replace(self.case, inner_steps=2), device)
+        self._seeds = range(batches)
+        exact = contender(REFERENCE, self.case, self.state, device, True, None)
+        self._exact = [exact.meta_gradient(*self.images(seed, torch.float64)) for seed in self._seeds]
+        self._usual: dict[str, float] = {}  # PyTorch's own error in each precision
+
+    def images(self, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.case.images(seed, self._device, dtype)
+
+    def error(self, one: Contender, dtype: torch.dtype = torch.float32) -> float:
+        """Median over the batches."""
+        gradients = [one.meta_gradient(*self.images(seed, dtype)) for seed in self._seeds]
+        return statistics.median(relative_error(g, e) for g, e in zip(gradients, self._exact, strict=True))
+
+    def usual_error(self, precision: str) -> float:
+        if precision not in self._usual:
+            plain = contender(Way("reference", precision=precision), self.case, self.state, self._device, False, None)
+            self._usual[precision] = self.error(plain)
+        return self._usual[precision]
+
+    def verdict(self, way: Way, one: Contender, double: Contender | None) -> Row:
+        """What a row says of its correctness; `double` is the same way in float64, where that is to be had."""
+        error, usual = self.error(one), self.usual_error(way.precision)
+        row = {"error": error, "error_pytorch": usual, "correct": error <= TOLERANCE * usual}
+        if double is not None:
+            row["error_float64"] = self.error(double, torch.float64)
+            row["correct"] &= row["error_float64"] <= EXACT
+        return row
+
+
+@functools.cache
+def _warm_state(case: Case, device: torch.device) -> State:
+    return case.warm_state(device)
+
+
+# Rows
+
+
+def iteration_rows(
+    case: Case,
+    ways: Sequence[Way],
+    rates: dict[str, float],
+    rounds: int,
+    device: torch.device,
+    judge: Judge,
+    checkout: Path | None = None,
+) -> Iterator[Row]:
+    """A row for each way, the reference first; speedups are over it and, where it is among the ways, the official."""
+    ready: dict[Way, Contender] = {}
+    rows: dict[Way, Row] = {}
+    for way in ways:
+        row: Row = {
+            "kind": "iteration",
+            "case": case.name,
+            "batch": case.batch,
+            "inner_steps": case.inner_steps,
+            **asdict(way),
+        }
+        try:
+            one = contender(way, case, judge.state, device, False, checkout)
+            # Float64 takes a compilation of its own; low precisions have none.
+            exact = way.precision == "fp32" and way.mode != "compile"
+            double = contender(way, judge.case, judge.state, device, True, checkout) if exact else None
+            rows[way] = {**row, **judge.verdict(way, one, double)}
+            ready[way] = one
+        except Exception as error:  # one contender's failure is its row
+            yield unavailable(row, error)
+        gc.collect()
+    x, y = case.images(0, device, torch.float32)
+    calls = {way: functools.partial(one.step, x, y) for way, one in ready.items()}
+    memory = {way: _memory(call, device) for way, call in calls.items()}
+    times = timing.milliseconds({str(way): call for way, call in calls.items()}, rounds, device, cold=False, repeat=3)
+    telemetry = Telemetry(device)
+    least = {way: floors.Floors(case, way.precision).iteration for way in ready}
+    for way, row in rows.items():
+        mine = times[str(way)]
+        row |= timing.summary(mine) | floors.floor(least[way], rates, way.precision, statistics.median(mine))
+        row |= memory[way] | {"images_per_second": 1e3 * case.batch / row["ms_median"]}
+        for baseline in (one for one in ready if one.by != "engine" and one.precision == "fp32" and one != way):
+            if row["correct"] and rows[baseline]["correct"]:
+                found = timing.speedup(times[str(baseline)], mine).items()
+                row |= {f"{field}_over_{baseline.by}": value for field, value in found}
+        row |= _energy(calls[way], row["ms_median"], case.batch, telemetry, device)
+        yield row
+
+
+def _memory(call: Callable[[], Any], device: torch.device) -> Row:
+    """Most bytes beyond those of the networks; on a CPU counted, with the FLOPs."""
+    if device.type == "cuda":
+        for _ in range(CUDA_WARM_UP):
+            call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        # What a graph's pool holds was allocated before; NVML sees it, and the rows of telemetry have it.
+        return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "reserved": torch.cuda.memory_reserved()}
+    return asdict(count(call))
+
+
+def _energy(call: Callable[[], Any], ms: float, images: int, telemetry: Telemetry, device: torch.device) -> Row:
+    """Telemetry of this contender alone, for about a second."""
+    iterations = 1 if telemetry.absent else max(3, math.ceil(1e3 * ENERGY_SECONDS / ms))
+    with telemetry.watch(iterations, iterations * images) as row:
+        if not telemetry.absent:
+            for _ in range(iterations):
+                call()
+            torch.cuda.synchronize(device)
+    return row
+
+
+def meta_gradient_rows(
+    case: Case, rates: dict[str, float], rounds: int, device: torch.device, judge: Judge
+) -> Iterator[Row]:
+    """The meta-gradient alone: the engine, the reference, and other libraries that can compute it."""
+    ready: dict[str, Callable[[Tensor, Tensor], Gradient]] = {}
+    rows: dict[str, Row] = {}
+    makers: dict[str, Callable[[Case, torch.dtype], Callable[[Tensor, Tensor], Gradient]]] = {
+        "reference": lambda case, dtype: case.reference(device, dtype, judge.state).meta_gradient,
+        "engine": lambda case, dtype: (
+            Engine(case.learner(device, dtype, judge.state), inner_steps=case.inner_steps).meta_gradient
+        ),
+        "higher": lambda case, dtype: others.higher_meta_gradient(case.reference(device, dtype, judge.state)),
+        "torchopt": lambda case, dtype: others.torchopt_meta_gradient(case.reference(device, dtype, judge.state)),
+    }
+    batch = judge.images(0, torch.float64)
+    exact: Gradient = {}
+    for name, make in makers.items():
+        row = {"kind": "meta-gradient", "case": case.name, "batch": case.batch, "inner_steps": case.inner_steps}
+        row |= {"by": name, "precision": "fp32"}
+        try:
+            gradient = make(judge.case, torch.float64)(*batch)
+            exact = exact or gradient
+            error = relative_error(gradient, exact)
+            rows[name] = {**row, "error_float64": error, "correct": error <= EXACT}
+            ready[name] = make(case, torch.float32)
+        except Exception as error:  # not installed, not able: a row says so
+            yield unavailable(row, error)
+    x, y = case.images(0, device, torch.float32)
+    calls = {name: functools.partial(call, x, y) for name, call in ready.items()}
+    for call in calls.values():
+        call()
+    times = timing.milliseconds(calls, rounds, device, cold=False)
+    least = floors.Floors(case, "fp32")
+    for name, row in rows.items():
+        row |= timing.summary(times[name])
+        row |= floors.floor(least.source + least.meta_gradient, rates, "fp32", row["ms_median"])
+        if row["correct"] and name != "reference":
+            found = timing.speedup(times["reference"], times[name]).items()
+            row |= {f"{field}_over_reference": value for field, value in found}
+        yield row
+
+
+# The command
+
+
+def ways_of(device: torch.device, checkout: Path | None, memory: bool) -> list[Way]:
+    """All ways that the device may have: on a CPU neither graphs nor low precisions, nor minutes of compilation."""
+    ways = [REFERENCE, *([Way("official")] if checkout else []), Way()]
+    if memory:
+        ways.append(Way(memory="recompute"))
+    if device.type == "cuda":
+        lower = ("tf32", "bf16")
+        ways += [Way("reference", precision=p) for p in lower] + [Way(precision=p) for p in lower]
+        ways += [Way(mode=mode, precision=p) for mode in ("graph", "compile") for p in ("fp32", *lower)]
+    return ways
+
+
+def show(row: Row) -> None:
+    """One line of the table."""
+    fields = [str(row[name]) for name in ("by", "mode", "precision") if name in row]
+    fields += [row["memory"]] if row.get("memory") == "recompute" else []
+    title = f"{row['case']} B={row['batch']} T={row['inner_steps']} {' '.join(fields)}"
+    if "unavailable" in row:
+        return say(f"{title}: {row['unavailable']}")
+    speedup = row.get("speedup_over_reference")
+    cells = [f"{row['ms_median']:.1f} ms", f"{row['floor_fraction']:.0%}", f"{speedup:.2f}x" if speedup else "-"]
+    return say(title, [*cells, *([] if row["correct"] else ["inexact"])])
+
+
+def main() -> None:
+    parser = results.parser(__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["tiny", "cifar"])
+    parser.add_argument("--batch", type=int, help="images in a batch, instead of the case's own")
+    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each contender (default 9)")
+    parser.add_argument("--sweep", action="store_true", help="also over T and over batch sizes")
+    parser.add_argument("--official", type=Path, help="a checkout of alinlab/L2T-ww, to be timed beside")
+    arguments = parser.parse_args()
+    device = results.device(arguments)
+    results.start("iterations", arguments, device)
+    run(arguments, device)
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> None:
+    precisions = ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32",)
+    rates = floors.rates(precisions, device)
+    results.append(arguments.output, {"kind": "rates", "rates": rates})
+
+    def write(rows: Iterator[Row]) -> None:
+        for row in rows:
+            results.append(arguments.output, row)
+            show(row)
+
+    for name in arguments.cases:
+        case = CASES[name] if arguments.batch is None else replace(CASES[name], batch=arguments.batch)
+        judge = Judge(case, device)
+        ways = ways_of(device, arguments.official, memory=True)
+        write(iteration_rows(case, ways, rates, arguments.rounds, device, judge, arguments.official))
+        write(meta_gradient_rows(case, rates, arguments.rounds, device, judge))
+        if arguments.sweep:
+            fastest = "graph" if device.type == "cuda" else "eager"
+            few = [REFERENCE, Way(mode=fastest), Way(mode=fastest, memory="recompute")]
+            for T in (1, 4, 8):
+                other = replace(case, inner_steps=T)
+                write(iteration_rows(other, few, rates, 3, device, Judge(other, device, batches=1)))
+            for batch in (case.batch // 4, case.batch // 2, 2 * case.batch):
+                write(iteration_rows(replace(case, batch=batch), few, rates, 3, device, judge))
+
+
+if __name__ == "__main__":
+    main()
