@@ -1,5 +1,6 @@
 """The cases: networks, layers and batch of design.md, and how a learner, a reference and a batch are made of them."""
 
+import argparse
 import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,3 +105,16 @@ CASES = {
         Case("four-source", "resnet34", "resnet18", 1000, 200, size=224, batch=64, sources=4),
     )
 }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose cases, for `selected`."""
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["tiny", "cifar"], help="default: tiny cifar")
+    parser.add_argument("--batch", type=int, help="images in a batch, instead of the case's own")
+    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each contender (default 9)")
+
+
+def selected(arguments: argparse.Namespace) -> list[Case]:
+    """The cases asked for."""
+    found = [CASES[name] for name in arguments.cases]
+    return found if arguments.batch is None else [replace(case, batch=arguments.batch) for case in found]

@@ -161,17 +161,17 @@ def network(model: nn.Module, batch: int, size: int, itemsize: int) -> _Passes:
 
 
 class Floors:
-    """Least work of the parts of an iteration of a case."""
+    """Least work of the parts of an iteration of a case; `pairs` (source layer, target layer): all by default."""
 
-    def __init__(self, case: Case, precision: str) -> None:
+    def __init__(self, case: Case, precision: str, pairs: Sequence[tuple[int, int]] | None = None) -> None:
         itemsize = DTYPES[precision].itemsize
         sources, target = case.networks(torch.device("cpu"), torch.float32)
         self._case = case
         self._target = network(target, case.batch, case.size, itemsize)
         self.source = case.sources * network(sources[0], case.batch, case.size, itemsize).forward
         batch, S, T = case.shapes()
-        pairs = [(m, n) for m in range(len(S)) for n in range(len(T))]
-        self._matching = {operator: matching(operator, batch, S, T, pairs, itemsize) for operator in UNITS}
+        self._pairs = [(m, n) for m in range(len(S)) for n in range(len(T))] if pairs is None else pairs
+        self._matching = {operator: matching(operator, batch, S, T, self._pairs, itemsize) for operator in UNITS}
         # Images arrive as bytes and leave normalised.
         self.input = Work((1 + itemsize) * case.batch * 3 * case.size**2)
 
@@ -208,4 +208,9 @@ class Floors:
     @property
     def iteration(self) -> Work:
         """The source pre-pass, the real step, the meta-gradient."""
-        return self.source + self.task_step + self._matching["gradient"] + self.meta_gradient
+        return self.real_iteration + self.meta_gradient
+
+    @property
+    def real_iteration(self) -> Work:
+        """Of a method without meta-parameters: the real step, and the source pre-pass if there are pairs."""
+        return self.source + self.task_step + self._matching["gradient"] if self._pairs else self.task_step

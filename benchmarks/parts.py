@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision import transforms
 
-from benchmarks import floors, results, timing
-from benchmarks.cases import CASES, Case, State
+from benchmarks import cases, floors, results, timing
+from benchmarks.cases import Case, State
 from benchmarks.iterations import CHECK_BATCH
 from benchmarks.results import Row, say, unavailable
 from benchmarks.telemetry import Telemetry
 from l2t_fast import inner
 from l2t_fast.data import MEAN, PAD, STD, TensorSet
-from l2t_fast.errors import L2TError
 from l2t_fast.reference import forward_with_features
 from l2t_fast.transfer import cotangents
 
@@ -251,9 +250,10 @@ def part_rows(
     for by, make in part.timed.items():
         row: Row = {"kind": part.kind, "part": part.name, "case": case.name, "batch": case.batch, "by": by}
         row["precision"] = "fp32"
+        if by in missing:
+            yield unavailable(row, missing[by])
+            continue
         try:
-            if by in missing:
-                raise L2TError(missing[by])
             error = relative_error(part.checked[by]()(), exact)
             calls[by] = make()
             calls[by]()
@@ -283,9 +283,7 @@ def show(row: Row) -> None:
 
 def main() -> None:
     parser = results.parser(__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["tiny", "cifar"])
-    parser.add_argument("--batch", type=int, help="images in a batch, instead of the case's own")
-    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each contender (default 9)")
+    cases.add_arguments(parser)
     arguments = parser.parse_args()
     device = results.device(arguments)
     results.start("parts", arguments, device)
@@ -293,13 +291,9 @@ def main() -> None:
     results.append(arguments.output, {"kind": "rates", "rates": rates})
     slow = "compiled on a GPU only: Inductor takes minutes on a CPU, and gains nothing there"
     missing = {} if device.type == "cuda" else {"compiled": slow}
-    for name in arguments.cases:
-        case = CASES[name] if arguments.batch is None else replace(CASES[name], batch=arguments.batch)
-        state = case.warm_state(device)
-        for part in parts(case, device, state):
-            for row in part_rows(part, case, rates, arguments.rounds, device, missing):
-                results.append(arguments.output, row)
-                show(row)
+    for case in cases.selected(arguments):
+        for part in parts(case, device, case.warm_state(device)):
+            results.write(arguments.output, part_rows(part, case, rates, arguments.rounds, device, missing), show)
             gc.collect()
 
 

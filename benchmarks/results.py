@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,9 +24,10 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(description: str | None, add_help: bool = True) -> argparse.ArgumentParser:
     """With the options that every benchmark has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(description=description, formatter_class=style, add_help=add_help)
     made.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
@@ -48,7 +49,7 @@ def start(benchmark: str, arguments: argparse.Namespace, device: torch.device) -
     """Makes `arguments.output` a file with a first line, unless another stage of the run has begun it."""
     arguments.output = arguments.output or new_path(benchmark, device)
     if not arguments.output.exists():
-        here = ("output", "commit", "data_root", "official")  # of this machine, not of the run
+        here = ("output", "commit", "data_root", "official", "source_weights")  # of this machine, not of the run
         config = {name: value for name, value in vars(arguments).items() if name not in here}
         append(arguments.output, header(device, {"benchmark": benchmark, **config}, arguments.commit))
     say(f"rows go to {arguments.output}")
@@ -76,11 +77,30 @@ def new_path(benchmark: str, device: torch.device) -> Path:
     return RESULTS / f"{benchmark}_{name}_{datetime.now(timezone.utc):%Y%m%dT%H%M%S}.jsonl"
 
 
+def latest() -> Path:
+    """The last run in benchmarks/results/.
+
+    Raises:
+        L2TError: there is none.
+    """
+    runs = [path for name in ("run", "gpu") for path in RESULTS.glob(f"{name}_*.jsonl")]
+    if not runs:
+        raise L2TError(f"there is no run in {RESULTS.name}/: start one with `python -m benchmarks run`.")
+    return max(runs, key=lambda path: read(path)[0]["time"])
+
+
 def append(path: Path, row: Row) -> None:
     """Writes one line at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def write(path: Path, rows: Iterable[Row], show: Callable[[Row], None]) -> None:
+    """Appends rows as they come, and shows them."""
+    for row in rows:
+        append(path, row)
+        show(row)
 
 
 def read(path: Path) -> tuple[Row, list[Row]]:
