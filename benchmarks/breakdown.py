@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import cases, results
 from benchmarks.cases import Case
-from benchmarks.iterations import CUDA_WARM_UP, REFERENCE, Way, contender
+from benchmarks.iterations import CUDA_WARM_UP, MODES, REFERENCE, Way, contender
 from benchmarks.results import Row, say, unavailable
 from l2t_fast.engine import Mode
 
-STEPS = 3  # that are profiled
+STEPS = 2  # that are profiled
 
 # The first family whose pattern is found in the name of a kernel or operation.
 FAMILIES = {
@@ -112,10 +112,11 @@ def show(row: Row) -> None:
 def main() -> None:
     parser = results.parser(__doc__)
     cases.add_arguments(parser)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the engine, on a GPU")
     arguments = parser.parse_args()
     device = results.device(arguments)
     results.start("breakdown", arguments, device)
-    modes: tuple[Mode, ...] = ("eager", "graph", "compile") if device.type == "cuda" else ("eager",)
+    modes: list[Mode] = arguments.modes if device.type == "cuda" else ["eager"]
     ways = [REFERENCE, *(Way(mode=mode) for mode in modes)]
     chosen = cases.selected(arguments)
     results.write(arguments.output, (breakdown_row(case, way, device) for case in chosen for way in ways), show)

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from l2t_fast.reference import Reference
 
 State = dict[str, dict[str, Tensor]]  # of the parts of a learner: target, projections, what, where
 
+WARM_UP_BATCH = 8
 WARM_UP = 12  # iterations after which the meta-gradient is no longer chaotic (design.md, section 6)
 
 
@@ -62,20 +64,23 @@ class Case:
 
     def reference(self, device: torch.device, dtype: torch.dtype, state: State, **settings: Any) -> Reference:
         """The plain transcription of the paper, with the same networks and pairs; see `Reference` for `settings`."""
-        pairs = [tuple(pair) for pair in self.learner(device, dtype).pairs]
         sources, target = self.networks(device, dtype)
+        layers = self.layers(sources, target)
+        # All of them, in the learner's order.
+        pairs = [
+            (s, m, n)
+            for s, names in enumerate(layers["source_layers"])
+            for m in range(len(names))
+            for n in range(len(layers["target_layers"]))
+        ]
         x, _ = replace(self, batch=2).images(0, device, dtype)
         settings = {"inner_steps": self.inner_steps, **settings}
-        reference = Reference(sources, target, pairs=pairs, example=x, **self.layers(sources, target), **settings)
+        reference = Reference(sources, target, pairs=pairs, example=x, **layers, **settings)
         return load(reference, state)
 
     def warm_state(self, device: torch.device) -> State:
-        """The state after a few iterations from a fresh start."""
-        learner = self.learner(device, torch.float32)
-        engine = Engine(learner, lr=0.05, inner_steps=1)
-        for seed in range(WARM_UP):
-            engine.step(*self.images(1000 + seed, device, torch.float32))
-        return {name: copy.deepcopy(getattr(learner, name).state_dict()) for name in PARTS}
+        """The state after a few iterations, on small batches, from a fresh start."""
+        return _warm_state(replace(self, batch=min(self.batch, WARM_UP_BATCH), inner_steps=1), device)
 
     def shapes(self) -> tuple[int, list[tuple[int, ...]], list[tuple[int, ...]]]:
         """(batch, (C, H, W) of each source layer, (C, H, W) of each target layer), as the operators get them."""
@@ -84,6 +89,15 @@ class Case:
         with torch.no_grad():
             S, (_, T) = learner.source_features(x), learner.eval().target_outputs(x)
         return self.batch, [tuple(f.shape[1:]) for f in S], [tuple(f.shape[1:]) for f in T]
+
+
+@functools.cache
+def _warm_state(case: Case, device: torch.device) -> State:
+    learner = case.learner(device, torch.float32)
+    engine = Engine(learner, lr=0.05, inner_steps=case.inner_steps)
+    for seed in range(WARM_UP):
+        engine.step(*case.images(1000 + seed, device, torch.float32))
+    return {name: copy.deepcopy(getattr(learner, name).state_dict()) for name in PARTS}
 
 
 PARTS = ("target", "projections", "what", "where")

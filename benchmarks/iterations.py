@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import cases, floors, official, others, results, timing
 from benchmarks.cases import Case, State
 from benchmarks.counts import count
-from benchmarks.results import Row, say, unavailable
+from benchmarks.results import Row, name_of, say, unavailable
 from benchmarks.telemetry import Telemetry
 from l2t_fast import Engine
 from l2t_fast.bilevel import Memory
@@ -35,11 +35,13 @@ from l2t_fast.engine import Mode, Precision
 EXACT = 1e-9  # relative, float64
 TOLERANCE = 1.5  # times PyTorch's own error in the same precision
 ROUNDING = 1e-5  # relative, of float32 in whatever order
-BATCHES = 3  # that a contender is compared on
-CHECK_BATCH = 8  # images of each on a CPU; on a GPU as many as are timed
+BATCHES = 2  # that a contender is compared on
+CHECK_BATCH = 4  # images of each on a CPU; on a GPU as many as are timed
 CUDA_WARM_UP = 10  # iterations: a graph is captured after the first few
-SWEEP_T = (1, 4, 8)  # beside the case's own
+MODES: tuple[Mode, ...] = ("graph", "eager", "compile")
+SWEEP_T = (1, 4)  # beside the case's own
 SWEEP_BATCH = (0.25, 0.5, 2)  # of the case's own
+REPEAT = 2  # iterations in a row that a turn on a GPU times
 ENERGY_SECONDS = 1.0  # that joules are counted for
 
 Gradient = dict[str, Tensor]
@@ -72,16 +74,23 @@ class Contender:
 
 
 def contender(
-    way: Way, case: Case, state: State, device: torch.device, double: bool, checkout: Path | None
+    way: Way, case: Case, state: State, device: torch.device, in_float64: bool, checkout: Path | None
 ) -> Contender:
-    """Made anew, at `state`, without momentum; `double` is the same way in float64."""
-    dtype = torch.float64 if double else torch.float32
+    """Made anew, at `state`, without momentum."""
+    dtype = torch.float64 if in_float64 else torch.float32
     if way.by == "engine":
         return _engine(way, case, state, device, dtype)
     if way.by == "reference":
         return _reference(way, case, state, device, dtype)
     theirs = official.Official(checkout, case, state, device, dtype)
     return Contender(theirs.step, theirs.meta_gradient)
+
+
+def double(way: Way, judge: "Judge", checkout: Path | None = None) -> Contender | None:
+    """The same way in float64; not of low precisions, nor where it takes another compilation."""
+    if way.precision != "fp32" or way.mode == "compile":
+        return None
+    return contender(way, judge.case, judge.state, judge.device, True, checkout)
 
 
 def _engine(way: Way, case: Case, state: State, device: torch.device, dtype: torch.dtype) -> Contender:
@@ -91,10 +100,13 @@ def _engine(way: Way, case: Case, state: State, device: torch.device, dtype: tor
     start = copy.deepcopy(engine.state_dict())
     names = [f"{part}.{name}" for part in ("what", "where") for name, _ in getattr(learner, part).named_parameters()]
 
+    warm_up = CUDA_WARM_UP if device.type == "cuda" and way.mode != "eager" else 0
+
     def meta_gradient(x: Tensor, y: Tensor) -> Gradient:
-        if device.type == "cuda":
-            for _ in range(CUDA_WARM_UP):
-                engine.step(x, y)
+        nonlocal warm_up
+        for _ in range(warm_up):  # so that what is checked is what is timed, a replay
+            engine.step(x, y)
+        warm_up = 0
         engine.load_state_dict(start)
         engine.step(x, y)
         moments = engine.state_dict()["adam"]["state"]  # after one step from zero: exp_avg = (1 - 0.9) gradient
@@ -147,15 +159,15 @@ class Judge:
 
     def __init__(self, case: Case, device: torch.device, batches: int = BATCHES) -> None:
         self.case = case if device.type == "cuda" else replace(case, batch=min(case.batch, CHECK_BATCH))
-        self._device = device
-        self.state = _warm_state(replace(self.case, inner_steps=2), device)
+        self.device = device
+        self.state = case.warm_state(device)
         self._seeds = range(batches)
         exact = contender(REFERENCE, self.case, self.state, device, True, None)
         self._exact = [exact.meta_gradient(*self.images(seed, torch.float64)) for seed in self._seeds]
         self._usual: dict[str, float] = {}  # PyTorch's own error in each precision
 
     def images(self, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.case.images(seed, self._device, dtype)
+        return self.case.images(seed, self.device, dtype)
 
     def error(self, one: Contender, dtype: torch.dtype = torch.float32) -> float:
         """Median over the batches."""
@@ -164,24 +176,22 @@ class Judge:
 
     def usual_error(self, precision: str) -> float:
         if precision not in self._usual:
-            plain = contender(Way("reference", precision=precision), self.case, self.state, self._device, False, None)
+            plain = contender(Way("reference", precision=precision), self.case, self.state, self.device, False, None)
             self._usual[precision] = self.error(plain)
         return self._usual[precision]
 
     def verdict(self, way: Way, one: Contender, double: Contender | None) -> Row:
         """What a row says of its correctness; `double` is the same way in float64, where that is to be had."""
-        error, usual = self.error(one), self.usual_error(way.precision)
+        usual = self.usual_error(way.precision)
+        if way.by == "reference":  # what the others are held against
+            return {"error": usual, "error_pytorch": usual, "error_float64": 0.0, "correct": True}
+        error = self.error(one)
         rounding = way.precision == "fp32" and error <= ROUNDING
         row = {"error": error, "error_pytorch": usual, "correct": error <= TOLERANCE * usual or rounding}
         if double is not None:
             row["error_float64"] = self.error(double, torch.float64)
             row["correct"] &= row["error_float64"] <= EXACT
         return row
-
-
-@functools.cache
-def _warm_state(case: Case, device: torch.device) -> State:
-    return case.warm_state(device)
 
 
 # Rows
@@ -196,58 +206,68 @@ def iteration_rows(
     judge: Judge,
     checkout: Path | None = None,
 ) -> Iterator[Row]:
-    """A row for each way, the reference first; speedups are over it and, where it is among the ways, the official."""
-    ready: dict[Way, Contender] = {}
-    rows: dict[Way, Row] = {}
-    for way in ways:
-        row: Row = {
-            "kind": "iteration",
-            "case": case.name,
-            "batch": case.batch,
-            "inner_steps": case.inner_steps,
-            **asdict(way),
-        }
-        try:
-            one = contender(way, case, judge.state, device, False, checkout)
-            # Float64 takes a compilation of its own; low precisions have none.
-            exact = way.precision == "fp32" and way.mode != "compile"
-            double = contender(way, judge.case, judge.state, device, True, checkout) if exact else None
-            rows[way] = {**row, **judge.verdict(way, one, double)}
-            ready[way] = one
-        except Exception as error:  # one contender's failure is its row
-            yield unavailable(row, error)
-        gc.collect()
-    x, y = case.images(0, device, torch.float32)
-    calls = {way: functools.partial(one.step, x, y) for way, one in ready.items()}
-    memory = {way: _memory(call, device) for way, call in calls.items()}
-    times = timing.milliseconds({str(way): call for way, call in calls.items()}, rounds, device, cold=False, repeat=3)
+    """A row for each way, with its speedup over what came before it of the reference and the official code.
+
+    On a CPU all take turns. On a GPU one comes after the other, as their memory would not fit together.
+    """
     telemetry = Telemetry(device)
-    least = {way: floors.Floors(case, way.precision).iteration for way in ready}
-    for way, row in rows.items():
-        mine = times[str(way)]
-        row |= timing.summary(mine) | floors.floor(least[way], rates, way.precision, statistics.median(mine))
-        row |= memory[way] | {"images_per_second": 1e3 * case.batch / row["ms_median"]}
-        for baseline in (one for one in ready if one.by != "engine" and one.precision == "fp32" and one != way):
-            if row["correct"] and rows[baseline]["correct"]:
-                found = timing.speedup(times[str(baseline)], mine).items()
-                row |= {f"{field}_over_{baseline.by}": value for field, value in found}
-        row |= _energy(calls[way], row["ms_median"], case.batch, telemetry, device)
-        yield row
+    x, y = case.images(0, device, torch.float32)
+    baselines: dict[str, list[float]] = {}  # times of those that are correct
+    for group in [ways] if device.type == "cpu" else [[way] for way in ways]:
+        calls: dict[Way, Callable[[], Any]] = {}
+        rows: dict[Way, Row] = {}
+        for way in group:
+            row: Row = {"kind": "iteration", "case": case.name, "batch": case.batch, "inner_steps": case.inner_steps}
+            row |= asdict(way)
+            before = _reserved(device)
+            try:
+                one = contender(way, case, judge.state, device, False, checkout)
+                row |= judge.verdict(way, one, double(way, judge, checkout))
+                call = functools.partial(one.step, x, y)
+                rows[way] = row | _memory(call, before, device)
+                calls[way] = call
+            except Exception as error:  # one contender's failure is its row
+                yield unavailable(row, error)
+        named = {str(way): call for way, call in calls.items()}
+        times = timing.milliseconds(named, rounds, device, cold=False, repeat=REPEAT)
+        for way, row in rows.items():
+            mine = times[str(way)]
+            if way.by != "engine" and way.precision == "fp32" and row["correct"]:
+                baselines[way.by] = mine
+        for way, row in rows.items():
+            mine = times[str(way)]
+            row |= timing.summary(mine) | {"images_per_second": 1e3 * case.batch / statistics.median(mine)}
+            row |= floors.floor(floors.Floors(case, way.precision).iteration, rates, way.precision, row["ms_median"])
+            for by, theirs in baselines.items():
+                if row["correct"] and way != Way(by):
+                    found = timing.speedup(theirs, mine).items()
+                    row |= {f"{field}_over_{by}": value for field, value in found}
+            row |= _energy(calls[way], row["ms_median"], case.batch, telemetry, device)
+            yield row
+        if device.type == "cuda":
+            one = call = None
+            calls.clear()
 
 
-def _memory(call: Callable[[], Any], device: torch.device) -> Row:
-    """Most bytes beyond those of the networks; on a CPU counted, with the FLOPs."""
-    if device.type == "cuda":
-        for _ in range(CUDA_WARM_UP):
-            call()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+def _reserved(device: torch.device) -> int:
+    """Bytes that PyTorch holds on a GPU when it holds nothing that it could give back."""
+    if device.type == "cpu":
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_reserved(device)
+
+
+def _memory(call: Callable[[], Any], before: int, device: torch.device) -> Row:
+    """Most bytes that an iteration holds; on a CPU counted, with the FLOPs. Also the warm-up."""
+    if device.type == "cpu":
+        return asdict(count(call))
+    _reserved(device)  # what the check held is no iteration's
+    for _ in range(CUDA_WARM_UP):
         call()
-        torch.cuda.synchronize()
-        # What a graph's pool holds was allocated before; NVML sees it, and the rows of telemetry have it.
-        return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "reserved": torch.cuda.memory_reserved()}
-    return asdict(count(call))
+    torch.cuda.synchronize(device)
+    return {"peak_bytes": torch.cuda.max_memory_reserved(device) - before}
 
 
 def _energy(call: Callable[[], Any], ms: float, images: int, telemetry: Telemetry, device: torch.device) -> Row:
@@ -306,21 +326,21 @@ def meta_gradient_rows(
 # The command
 
 
-def ways_of(device: torch.device, checkout: Path | None) -> list[Way]:
-    """All ways that the device may have: on a CPU neither graphs nor low precisions, nor minutes of compilation."""
-    ways = [REFERENCE, *([Way("official")] if checkout else []), Way(), Way(memory="recompute")]
-    if device.type == "cuda":
-        lower = ("tf32", "bf16")
-        ways += [Way("reference", precision=p) for p in lower] + [Way(precision=p) for p in lower]
-        ways += [Way(mode=mode, precision=p) for mode in ("graph", "compile") for p in ("fp32", *lower)]
+def ways_of(device: torch.device, checkout: Path | None, modes: Sequence[Mode]) -> list[Way]:
+    """All ways that the device may have, the most telling first; on a CPU neither low precisions nor graphs."""
+    official_too = [Way("official")] if checkout else []
+    if device.type == "cpu":
+        return [REFERENCE, *official_too, Way(), Way(memory="recompute")]
+    precisions: tuple[Precision, ...] = ("bf16", "tf32", "fp32")
+    ways = [REFERENCE, *official_too, *(Way(mode=mode, precision=p) for mode in modes for p in precisions)]
+    if "eager" in modes:
+        ways += [Way(memory="recompute"), Way("reference", precision="tf32"), Way("reference", precision="bf16")]
     return ways
 
 
 def show(row: Row) -> None:
     """One line of the table."""
-    fields = [str(row[name]) for name in ("by", "mode", "precision") if name in row]
-    fields += [row["memory"]] if row.get("memory") == "recompute" else []
-    title = f"{row['case']} B={row['batch']} T={row['inner_steps']} {' '.join(fields)}"
+    title = f"{row['case']} B={row['batch']} T={row['inner_steps']} {name_of(row)}"
     if "unavailable" in row:
         return say(f"{title}: {row['unavailable']}")
     speedup = row.get("speedup_over_reference")
@@ -331,16 +351,18 @@ def show(row: Row) -> None:
 def main() -> None:
     parser = results.parser(__doc__)
     cases.add_arguments(parser)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the engine, on a GPU")
     parser.add_argument("--sweep", action="store_true", help="also over T and over batch sizes")
     parser.add_argument("--official", type=Path, help="a checkout of alinlab/L2T-ww, to be timed beside")
     arguments = parser.parse_args()
     device = results.device(arguments)
     results.start("iterations", arguments, device)
+    torch.backends.cudnn.benchmark = True  # as the official code has it; for all alike
     rates = floors.rates(("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32",), device)
     results.append(arguments.output, {"kind": "rates", "rates": rates})
     for case in cases.selected(arguments):
         judge = Judge(case, device)
-        ways = ways_of(device, arguments.official)
+        ways = ways_of(device, arguments.official, arguments.modes)
         rows = iteration_rows(case, ways, rates, arguments.rounds, device, judge, arguments.official)
         results.write(arguments.output, rows, show)
         results.write(arguments.output, meta_gradient_rows(case, rates, arguments.rounds, device, judge), show)

@@ -184,15 +184,14 @@ def _imported(checkout: Path, check_dataset: Callable[[Any], Any]) -> Iterator[M
     """The training script, as a module that nobody else sees: its packages have names such as `models`."""
     data = ModuleType("check_dataset")
     data.check_dataset = check_dataset  # type: ignore[attr-defined]
-    benchmark = torch.backends.cudnn.benchmark
-    with (
-        mock.patch.dict(sys.modules, {"check_dataset": data}),
-        mock.patch.object(sys, "path", [str(checkout), *sys.path]),
-    ):
-        try:
+    sys.modules["check_dataset"] = data
+    try:
+        with mock.patch.object(sys, "path", [str(checkout), *sys.path]):
             yield importlib.import_module("train_l2t_ww")
-        finally:
-            torch.backends.cudnn.benchmark = benchmark  # it changes that for all
+    finally:
+        for name, module in list(sys.modules.items()):
+            if module is data or str(checkout) in (getattr(module, "__file__", None) or ""):
+                del sys.modules[name]
 
 
 @contextlib.contextmanager

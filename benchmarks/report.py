@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 from benchmarks import results
-from benchmarks.results import Row
+from benchmarks.results import Row, name_of
 from l2t_fast.errors import L2TError
 
 matplotlib.use("Agg")
@@ -23,18 +23,6 @@ Column = tuple[str, Callable[[Row], str]]
 
 
 # Cells
-
-
-def name_of(row: Row) -> str:
-    """What a contender is called: "engine graph bf16", "reference"."""
-    words = [row["by"]]
-    if row["by"] == "engine" and row.get("mode"):
-        words.append(row["mode"])
-    if row.get("precision", "fp32") != "fp32":
-        words.append(row["precision"])
-    if row.get("memory") == "recompute":
-        words.append("recompute")
-    return " ".join(words)
 
 
 def number(field: str, form: str = ".3g", scale: float = 1.0) -> Callable[[Row], str]:

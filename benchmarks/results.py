@@ -6,6 +6,7 @@ Every other line is a row with a `kind` ("operator", "iteration", ...) and eithe
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def header(device: torch.device, config: Row, revision: str | None = None) -> Ro
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         **{package: _version(package) for package in ("triton", "torchvision")},
         "python": platform.python_version(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "commit": revision or commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "config": config,
@@ -127,6 +129,18 @@ def unavailable(row: Row, reason: BaseException | str) -> Row:
         lines = str(reason).strip().splitlines() or [""]
         reason = f"{type(reason).__name__}: {lines[0][:200]}"
     return {**row, "unavailable": reason}
+
+
+def name_of(row: Row) -> str:
+    """What a contender is called: "engine graph bf16", "reference"."""
+    words = [row["by"]]
+    if row["by"] == "engine" and row.get("mode"):
+        words.append(row["mode"])
+    if row.get("precision", "fp32") != "fp32":
+        words.append(row["precision"])
+    if row.get("memory") == "recompute":
+        words.append("recompute")
+    return " ".join(words)
 
 
 def device_name(device: torch.device) -> str:
