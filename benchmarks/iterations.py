@@ -378,7 +378,10 @@ def sweep_rows(case: Case, rates: dict[str, float], rounds: int, device: torch.d
         other = replace(case, inner_steps=T)
         yield from iteration_rows(other, ways, rates, rounds, device, Judge(other, device, batches=1))
     for share in SWEEP_BATCH:
-        yield from iteration_rows(replace(case, batch=int(share * case.batch)), ways, rates, rounds, device, judge)
+        other = replace(case, batch=int(share * case.batch))
+        # On a GPU a captured graph is checked with the images that it was captured for.
+        of_batch = judge if device.type == "cpu" else Judge(other, device, batches=1)
+        yield from iteration_rows(other, ways, rates, rounds, device, of_batch)
 
 
 if __name__ == "__main__":

@@ -300,11 +300,12 @@ def roofline(rows: Sequence[Row]) -> Any:
         return None
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     intensities = [row["floor_flops"] / row["floor_bytes"] for row in points]
-    x = [min(intensities) / 3, max(intensities) * 3]
+    ridge = max(rates.values()) / rates["copy"]
+    x = [min([ridge, *intensities]) / 3, max([ridge, *intensities]) * 3]
     grid = [x[0] * (x[1] / x[0]) ** (i / 200) for i in range(201)]
     for style, precision in zip(("-", "--", "-."), [name for name in rates if name != "copy"], strict=False):
         roof = [min(rates["copy"] * i, rates[precision]) for i in grid]
-        axes.plot(grid, roof, style, color="0.3", label=f"{precision}: copy and product measured")
+        axes.plot(grid, roof, style, color="0.3", label=f"roof, {precision}: measured copy and product")
     kinds = dict.fromkeys((row["kind"], name_of(row) if row["kind"] != "operator" else row["by"]) for row in points)
     colours = plt.get_cmap("tab20").colors
     for i, (kind, by) in enumerate(kinds):
