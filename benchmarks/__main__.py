@@ -55,7 +55,7 @@ def quick_stages() -> list[Stage]:
     return [
         benchmark(30, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
         benchmark(30, "parts", "--cases", "tiny", "--batch", "12", "--rounds", "7"),
-        benchmark(110, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "5"),
+        benchmark(110, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "3"),
         benchmark(75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--sweep"),
         benchmark(20, "breakdown", "--cases", "tiny", "--batch", "12"),
         benchmark(35, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *reachable),

@@ -199,9 +199,9 @@ class Floors:
     def meta_gradient(self) -> Work:
         """T matching steps, one on L_org, L_meta, and the adjoints of all; source features given."""
         T = self._case.inner_steps
+        if T == 0:  # L_meta does not depend on φ
+            return Work()
         forward = T * self.matching_step + 2 * self.task_step
-        if T == 0:
-            return forward
         first = self._target.first_adjoint + self._matching["first step"]
         return forward + self.task_adjoint + (T - 1) * self.matching_adjoint + first
 

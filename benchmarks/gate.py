@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 # Small enough for CI; counts and ratios of them tell as much.
 TIMED = {"tiny": replace(CASES["tiny"], batch=8), "cifar": replace(CASES["cifar"], batch=4, target_width=0.25)}
 ROUNDS = 9
-SLACK = {"flops": 1.001, "calls": 1.03, "launches": 1.03, "saved_bytes": 1.03}  # versions of PyTorch differ a little
+SLACK = {"flops": 1.001, "calls": 1.01, "launches": 1.01, "saved_bytes": 1.01}  # versions of PyTorch differ a little
 # In units of one forward and backward pass: whole iteration with one source forward, meta-gradient without it.
 UNITS = {"step": 12.3, "meta_gradient": 10.4}
 
