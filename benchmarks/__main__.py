@@ -51,14 +51,14 @@ def benchmark(limit: float, module: str, *arguments: str) -> Stage:
 
 def quick_stages() -> list[Stage]:
     """Limits add up to five minutes."""
-    reachable = ("--accuracy", "0.4", "--most-epochs", "10")
+    reachable = ("--accuracy", "0.4", "--most-epochs", "6")
     return [
-        benchmark(30, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
+        benchmark(25, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
         benchmark(30, "parts", "--cases", "tiny", "--batch", "12", "--rounds", "7"),
-        benchmark(110, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "3"),
-        benchmark(75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--sweep"),
+        benchmark(85, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "5"),
+        benchmark(90, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", "--sweep"),
         benchmark(20, "breakdown", "--cases", "tiny", "--batch", "12"),
-        benchmark(35, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *reachable),
+        benchmark(50, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *reachable),
     ]
 
 
@@ -66,7 +66,7 @@ def stages(cases: list[str]) -> list[Stage]:
     return [
         benchmark(1200, "operators", "--cases", *cases),
         benchmark(1200, "parts", "--cases", *cases),
-        benchmark(3600, "iterations", "--cases", *cases, "--sweep"),
+        benchmark(3600, "iterations", "--cases", *cases, "--others", "--sweep"),
         benchmark(600, "breakdown", "--cases", *cases),
         benchmark(3600, "training"),
     ]
@@ -76,7 +76,9 @@ def gpu_stages() -> list[Stage]:
     """Limits add up to less than nine minutes; the most telling comes first."""
     return [
         Stage("pytest", ("-q", "-m", "cuda", "tests"), 70, writes=False),
-        benchmark(100, "iterations", "--cases", "cifar", "--modes", "graph", "eager", "--rounds", "7", "--sweep"),
+        benchmark(
+            100, "iterations", "--cases", "cifar", "--modes", "graph", "eager", "--rounds", "7", "--others", "--sweep"
+        ),
         benchmark(100, "iterations", "--cases", "imagenet", "--modes", "graph", "eager", "--rounds", "5"),
         benchmark(90, "operators", "--limit", "70", "--compile-seconds", "30"),
         benchmark(40, "breakdown", "--cases", "cifar", "imagenet", "--modes", "eager", "graph"),

@@ -4,11 +4,11 @@ On a GPU by the kernels that ran, with the fraction of wall time that some kerne
 launches; on a CPU by the operations, where what a registered operator calls belongs to it.
 """
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEvent
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
 
+@functools.cache
 def family(name: str) -> str:
     """Of a kernel or an operation."""
     return next((family for family, pattern in FAMILIES.items() if re.search(pattern, name, re.IGNORECASE)), "rest")
@@ -93,7 +94,7 @@ def breakdown_row(case: Case, way: Way, device: torch.device) -> Row:
     row: Row = {"kind": "breakdown", "case": case.name, "batch": case.batch, **asdict(way)}
     try:
         one = contender(way, case, case.warm_state(device), device, False, None)
-        call = partial(one.step, *case.images(0, device, torch.float32))
+        call = functools.partial(one.step, *case.images(0, device, torch.float32))
         for _ in range(CUDA_WARM_UP if device.type == "cuda" else 1):
             call()
         return row | breakdown(call, device)

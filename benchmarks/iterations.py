@@ -40,7 +40,8 @@ CHECK_BATCH = 4  # images of each on a CPU; on a GPU as many as are timed
 CUDA_WARM_UP = 10  # iterations: a graph is captured after the first few
 MODES: tuple[Mode, ...] = ("graph", "eager", "compile")
 SWEEP_T = (1, 4)  # beside the case's own
-SWEEP_BATCH = (0.25, 0.5, 2)  # of the case's own
+SWEEP_BATCH = (0.5, 2)  # of the case's own
+SWEEP_ROUNDS = 3
 REPEAT = 2  # iterations in a row that a turn on a GPU times
 ENERGY_SECONDS = 1.0  # that joules are counted for
 
@@ -352,6 +353,9 @@ def main() -> None:
     parser = results.parser(__doc__)
     cases.add_arguments(parser)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the engine, on a GPU")
+    parser.add_argument(
+        "--others", action="store_true", help="also the meta-gradient alone, by higher and TorchOpt too"
+    )
     parser.add_argument("--sweep", action="store_true", help="also over T and over batch sizes")
     parser.add_argument("--official", type=Path, help="a checkout of alinlab/L2T-ww, to be timed beside")
     arguments = parser.parse_args()
@@ -365,9 +369,10 @@ def main() -> None:
         ways = ways_of(device, arguments.official, arguments.modes)
         rows = iteration_rows(case, ways, rates, arguments.rounds, device, judge, arguments.official)
         results.write(arguments.output, rows, show)
-        results.write(arguments.output, meta_gradient_rows(case, rates, arguments.rounds, device, judge), show)
+        if arguments.others:
+            results.write(arguments.output, meta_gradient_rows(case, rates, arguments.rounds, device, judge), show)
         if arguments.sweep:
-            results.write(arguments.output, sweep_rows(case, rates, arguments.rounds, device, judge), show)
+            results.write(arguments.output, sweep_rows(case, rates, SWEEP_ROUNDS, device, judge), show)
 
 
 def sweep_rows(case: Case, rates: dict[str, float], rounds: int, device: torch.device, judge: Judge) -> Iterator[Row]:
