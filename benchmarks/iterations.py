@@ -171,9 +171,10 @@ class Judge:
         return self.case.images(seed, self.device, dtype)
 
     def error(self, one: Contender, dtype: torch.dtype = torch.float32) -> float:
-        """Median over the batches."""
-        gradients = [one.meta_gradient(*self.images(seed, dtype)) for seed in self._seeds]
-        return statistics.median(relative_error(g, e) for g, e in zip(gradients, self._exact, strict=True))
+        """Median over the batches; of float64 the first will do, as its error is no matter of chance."""
+        seeds = self._seeds if dtype == torch.float32 else self._seeds[:1]
+        gradients = [one.meta_gradient(*self.images(seed, dtype)) for seed in seeds]
+        return statistics.median(relative_error(g, e) for g, e in zip(gradients, self._exact, strict=False))
 
     def usual_error(self, precision: str) -> float:
         if precision not in self._usual:
