@@ -53,12 +53,12 @@ def quick_stages() -> list[Stage]:
     """Limits add up to five minutes."""
     reachable = ("--accuracy", "0.4", "--most-epochs", "6")
     return [
-        benchmark(20, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
+        benchmark(15, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
         benchmark(25, "parts", "--cases", "tiny", "--batch", "12", "--rounds", "7"),
-        benchmark(110, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "3"),
-        benchmark(80, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", "--sweep"),
+        benchmark(130, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "3"),
+        benchmark(75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", "--sweep"),
         benchmark(20, "breakdown", "--cases", "tiny", "--batch", "12"),
-        benchmark(45, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *reachable),
+        benchmark(35, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *reachable),
     ]
 
 
