@@ -133,6 +133,7 @@ def test_an_incorrect_contender_gets_no_speedup(judge: iterations.Judge, monkeyp
     rows = list(iterations.iteration_rows(SMALL, ways, RATES, 2, CPU, judge))
     assert [row["correct"] for row in rows] == [True, True]
     assert rows[1]["speedup_over_reference"] > 0
+    assert all(row["flops"] > 0 and row["peak_bytes"] > 0 for row in rows)
     assert rows[1]["error_float64"] < 1e-9
 
     right = L2T.weights
