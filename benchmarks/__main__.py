@@ -89,8 +89,11 @@ def gpu_stages() -> list[Stage]:
 
 
 def carry_out(todo: list[Stage], shared: list[str], output: Path) -> bool:
-    """Runs the stages, each in a process group of its own; whether all ended well."""
-    well = True
+    """Runs the stages, each in a process group of its own; whether all ended well.
+
+    What a stage leaves of its time is the next one's, so that limits bound the whole.
+    """
+    well, spare = True, 0.0
     for stage in todo:
         say(f"== {stage.name}")
         command = [sys.executable, "-m", stage.module, *stage.arguments, *stage.data]
@@ -99,10 +102,10 @@ def carry_out(todo: list[Stage], shared: list[str], output: Path) -> bool:
         environment = {**PATIENT, "PYTHONWARNINGS": "ignore", **os.environ}  # warnings of others' old code
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment)
         try:
-            code = process.wait(stage.limit)
+            code = process.wait(stage.limit + spare)
             outcome = "done" if code == 0 else f"ended with {code}"
         except subprocess.TimeoutExpired:
-            outcome = f"killed after {stage.limit:.0f} s"
+            outcome = f"killed after {stage.limit + spare:.0f} s"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -111,6 +114,7 @@ def carry_out(todo: list[Stage], shared: list[str], output: Path) -> bool:
         results.append(output, {"kind": "stage", "stage": stage.name, "seconds": seconds, "outcome": outcome})
         say(f"== {outcome} in {seconds:.0f} s")
         well &= outcome == "done"
+        spare = max(0.0, stage.limit + spare - seconds)
     return well
 
 

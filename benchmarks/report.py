@@ -368,7 +368,8 @@ def readme_block(path: Path) -> str:
     """What the README says of a results file, its two markers included."""
     first, rows = results.read(path)
     found = [row for row in rows if row["kind"] == "iteration" and "unavailable" not in row]
-    usual = [row for row in found if row["inner_steps"] == 2 and row["rounds"] == max(r["rounds"] for r in found)]
+    batch = {row["case"]: row["batch"] for row in reversed(found)}  # of each case the first: sweeps come later
+    usual = [row for row in found if row["inner_steps"] == 2 and row["batch"] == batch[row["case"]]]
     columns: tuple[Column, ...] = (
         ("case", text("case")),
         ("batch", text("batch")),
