@@ -72,6 +72,7 @@ class Contender:
 
     step: Step
     meta_gradient: Callable[[Tensor, Tensor], Gradient]
+    close: Callable[[], None] = lambda: None  # gives back what it holds
 
 
 def contender(
@@ -84,7 +85,7 @@ def contender(
     if way.by == "reference":
         return _reference(way, case, state, device, dtype)
     theirs = official.Official(checkout, case, state, device, dtype)
-    return Contender(theirs.step, theirs.meta_gradient)
+    return Contender(theirs.step, theirs.meta_gradient, theirs.close)
 
 
 def double(way: Way, judge: "Judge", checkout: Path | None = None) -> Contender | None:
@@ -216,6 +217,7 @@ def iteration_rows(
     x, y = case.images(0, device, torch.float32)
     baselines: dict[str, list[float]] = {}  # times of those that are correct
     for group in [ways] if device.type == "cpu" else [[way] for way in ways]:
+        ready: list[Contender] = []
         calls: dict[Way, Callable[[], Any]] = {}
         rows: dict[Way, Row] = {}
         for way in group:
@@ -224,14 +226,18 @@ def iteration_rows(
             before = _reserved(device)
             try:
                 one = contender(way, case, judge.state, device, False, checkout)
-                row |= judge.verdict(way, one, double(way, judge, checkout))
+                ready.append(one)
+                exact = double(way, judge, checkout)
+                row |= judge.verdict(way, one, exact)
+                if exact is not None:
+                    exact.close()
                 call = functools.partial(one.step, x, y)
                 rows[way] = row | _memory(way, call, before, device)
                 calls[way] = call
             except Exception as error:  # one contender's failure is its row
                 yield unavailable(row, error)
-        named = {str(way): call for way, call in calls.items()}
-        times = timing.milliseconds(named, rounds, device, cold=False, repeat=REPEAT)
+        by_name = {str(way): call for way, call in calls.items()}
+        times = timing.milliseconds(by_name, rounds, device, cold=False, repeat=REPEAT)
         for way, row in rows.items():
             mine = times[str(way)]
             if way.by != "engine" and way.precision == "fp32" and row["correct"]:
@@ -246,9 +252,10 @@ def iteration_rows(
                     row |= {f"{field}_over_{by}": value for field, value in found}
             row |= _energy(calls[way], row["ms_median"], case.batch, telemetry, device)
             yield row
-        if device.type == "cuda":
-            one = call = None
-            calls.clear()
+        for one in ready:
+            one.close()
+        del ready, calls, by_name
+        one = call = exact = None  # its memory is the next one's
 
 
 def _reserved(device: torch.device) -> int:
