@@ -6,17 +6,16 @@
     compiled   torch.compile of the plain loss; of the ATen formulas for the adjoint, as it has no double backward
 
 Every time stands behind a check against float64 of the very CUDA graph that is timed, and beside the time that memory
-and arithmetic need at least, at the rates measured in the same run. Rows go to benchmarks/results/operators_<gpu>.jsonl
-as they come. `--tune` times blocks of the Triton kernels instead and prints the best for kernels/configs.py.
+and arithmetic need at least, at the rates measured in the same run. Rows go to benchmarks/results/ as they come.
+`--tune` times blocks of the Triton kernels instead and prints the best for kernels/configs.py.
 
-    TRITON_INTERPRET=1 python -m benchmarks.operators --device cpu --cases tiny [--tune]
+    TRITON_INTERPRET=1 python -m benchmarks.operators --device cpu --cases minute [--tune]
 
 goes through the same motions without a GPU; its times say nothing.
 """
 
 import argparse
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -24,28 +23,25 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import aot
-from benchmarks.metadata import commit
+from benchmarks import aot, floors, results, timing
+from benchmarks.results import Row, say, unavailable
+from benchmarks.telemetry import Telemetry
 from l2t_fast.kernels import configs, plan, torch_impl, triton_impl
 from l2t_fast.kernels.configs import Config, Kernel, Table
 
-RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1.2  # times the error of ATen in the same precision
-WARM_UP = 3  # rounds not counted
+ROUNDING = 1e-5  # relative, of float32 sums in whatever order
 POOL = 14  # processes that compile
 
 _BATCH, _SOURCES, _TARGETS = aot.CASES["imagenet"]
@@ -53,22 +49,21 @@ _BATCH, _SOURCES, _TARGETS = aot.CASES["imagenet"]
 CASES = {
     **aot.CASES,
     "four-source": (_BATCH, [*_SOURCES] * 4, _TARGETS),
-    "tiny": (3, [(3, 4, 4), (8, 2, 2)], [(4, 4, 4), (16, 2, 2)]),
+    "tiny": (
+        25,
+        [(16, 32, 32), (32, 16, 16), (64, 8, 8)],
+        [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4), (128, 2, 2)],
+    ),
+    "minute": (3, [(3, 4, 4), (8, 2, 2)], [(4, 4, 4), (16, 2, 2)]),
 }
-# Features: dtype and layout. Projections have their dtype, a is float32.
-PRECISIONS = {
-    "bf16": (torch.bfloat16, torch.channels_last),
-    "tf32": (torch.float32, torch.channels_last),
-    "ieee": (torch.float32, torch.contiguous_format),
-}
+# Layout of the features. Projections have their dtype, a is float32.
+PRECISIONS = {"bf16": torch.channels_last, "tf32": torch.channels_last, "fp32": torch.contiguous_format}
 OUTPUTS = {
     "gradient": ("g_T", "g_r", "g_bias"),
     "adjoint": ("v_T", "v_r", "v_bias", "v_a"),
     "first step": ("v_a",),
     "distances": ("E",),
 }
-# In units of the product r T for all pairs.
-FLOPS = {"gradient": 3, "adjoint": 7, "first step": 3, "distances": 1}
 COMPILED = ("gradient", "adjoint")
 
 # Values that --tune tries, one at a time.
@@ -85,7 +80,6 @@ BLOCKS = {
 
 Outputs = list[list[Tensor]]  # of each name in OUTPUTS, tensors of each target layer or pair
 Call = Callable[[], Outputs]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Problem:
 
 def random_problem(case: str, precision: str, device: torch.device) -> Problem:
     batch, sources, targets = CASES[case]
-    dtype, layout = PRECISIONS[precision]
+    dtype, layout = floors.DTYPES[precision], PRECISIONS[precision]
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -279,37 +273,13 @@ def ready(make: Callable[[], Call], device: torch.device) -> Ready:
             outputs = call()
     except Exception as error:  # a row says so
         torch.cuda.synchronize()
-        return Ready(call, call, call(), reason(error), first_seconds, memory)
+        return Ready(call, call, call(), unavailable({}, error)["unavailable"], first_seconds, memory)
     for tensors in outputs:
         for t in tensors:
             t.fill_(math.nan)  # a replay must write all of it
     graph.replay()
     torch.cuda.synchronize()
     return Ready(call, graph.replay, outputs, True, first_seconds, memory)
-
-
-def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Of each call, turn by turn, with what the L2 cache held overwritten before each."""
-    if device.type != "cuda":
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                start = perf_counter()
-                call()
-                times[name].append(1e3 * (perf_counter() - start))
-        return times
-    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    for _ in range(WARM_UP + rounds):
-        for name, call in calls.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            cache.zero_()
-            begin.record()
-            call()
-            end.record()
-            events[name].append((begin, end))
-    torch.cuda.synchronize()
-    return {name: [begin.elapsed_time(end) for begin, end in turns[WARM_UP:]] for name, turns in events.items()}
 
 
 def launches(call: Call) -> int | None:
@@ -342,47 +312,14 @@ def error_ratio(error: dict[str, float], aten: dict[str, float]) -> float:
     return torch.tensor([error[name] / aten[name] for name in aten]).max().item()
 
 
+def is_correct(precision: str, error: dict[str, float], aten: dict[str, float]) -> bool:
+    """No further from float64 than ATen in the same precision, or than float32 sums in another order may be."""
+    return error_ratio(error, aten) <= TOLERANCE or (precision == "fp32" and max(error.values()) <= ROUNDING)
+
+
 def size(lists: Iterable[Iterable[Tensor]]) -> int:
     """Bytes."""
     return sum(t.numel() * t.element_size() for tensors in lists for t in tensors)
-
-
-def reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
-
-
-def set_precision(precision: str) -> None:
-    """Of float32 products, those of cuDNN's convolutions included."""
-    torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "ieee"
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy on the device reads and writes."""
-    x = torch.randn(2**28 if device.type == "cuda" else 2**22, device=device)
-    y = torch.empty_like(x)
-    return 2e3 * size([[x]]) / statistics.median(milliseconds({"copy": lambda: y.copy_(x)}, 20, device)["copy"])
-
-
-def product_rate(precision: str, device: torch.device) -> float:
-    """FLOPs a second of a large matrix product."""
-    set_precision(precision)
-    n = 8192 if device.type == "cuda" else 256
-    x, y = (torch.randn(n, n, device=device).to(PRECISIONS[precision][0]) for _ in range(2))
-    return 2e3 * n**3 / statistics.median(milliseconds({"product": lambda: x @ y}, 20, device)["product"])
-
-
-def least(problem: Problem, operator: str, outputs: Outputs) -> tuple[int, int]:
-    """(bytes, FLOPs) that the operator needs at least: every input read once, every output written once."""
-    reads = [*problem.primal]
-    if operator in ("gradient", "adjoint"):  # v_a does not depend on a
-        reads.append(problem.cotangents)
-    if operator in ("adjoint", "first step"):
-        reads += problem.direction
-    areas = [T.shape[0] * T.shape[2] * T.shape[3] for T in problem.targets]
-    unit = sum(2 * r.numel() * areas[n] for r, n in zip(problem.weights, problem.target_of, strict=True))
-    return size(reads) + size(outputs), FLOPS[operator] * unit
 
 
 # Rows
@@ -398,132 +335,106 @@ def operator_rows(
     device: torch.device,
 ) -> list[Row]:
     """A row an implementation; `implementations` maps each to why it is not to be had, or to nothing."""
-    set_precision(precision)
+    floors.set_precision(precision)
     problem = random_problem(case, precision, device)
     exact = formulas(torch_impl, problem.double(), operator)
     contenders: dict[str, Ready] = {}
     rows: dict[str, Row] = {}
-    for name, unavailable in implementations.items():
-        rows[name] = {"case": case, "precision": precision, "operator": operator, "implementation": name}
-        if unavailable:
-            rows[name]["unavailable"] = unavailable
-            continue
-        try:
-            contenders[name] = ready(partial(contender, name, problem, operator), device)
-        except Exception as error:  # one contender's failure is its row
-            rows[name]["unavailable"] = reason(error)
+    for name, missing in implementations.items():
+        row = {"kind": "operator", "case": case, "precision": precision, "operator": operator, "by": name}
+        rows[name] = unavailable(row, missing) if missing else row
+        if not missing:
+            try:
+                contenders[name] = ready(partial(contender, name, problem, operator), device)
+            except Exception as error:  # one contender's failure is its row
+                rows[name] = unavailable(row, error)
     error_of = {name: errors(operator, one.outputs, exact) for name, one in contenders.items()}
-    times = milliseconds({name: one.timed for name, one in contenders.items()}, rounds, device)
-    median = {name: statistics.median(t) for name, t in times.items()}
+    with Telemetry(device).watch() as telemetry:
+        times = timing.milliseconds({name: one.timed for name, one in contenders.items()}, rounds, device)
+    pairs = list(zip(problem.source_of, problem.target_of, strict=True))
+    work = floors.matching(operator, *CASES[case], pairs, floors.DTYPES[precision].itemsize)
     for name, one in contenders.items():
-        n_bytes, flops = least(problem, operator, one.outputs)
-        floors = {"bytes": 1e3 * n_bytes / rates["copy"], "flops": 1e3 * flops / rates[precision]}
-        bound = max(floors, key=lambda kind: floors[kind])
-        p20, *_, p80 = statistics.quantiles(times[name], n=5, method="inclusive")
         ratio = error_ratio(error_of[name], error_of["aten"]) if "aten" in error_of else math.nan
-        correct = ratio <= TOLERANCE
+        correct = "aten" in error_of and is_correct(precision, error_of[name], error_of["aten"])
+        summary = timing.summary(times[name])
         rows[name] |= {
             "correct": correct,
             "error": error_of[name],
             "error_over_aten": ratio,
-            "ms_median": median[name],
-            "ms_p20": p20,
-            "ms_p80": p80,
-            "rounds": rounds,
+            **summary,
             "captured": one.captured,
-            "floor_ms": floors[bound],
-            "floor_bound": bound,
-            "floor_bytes": n_bytes,
-            "floor_flops": flops,
-            "floor_fraction": floors[bound] / median[name],
+            **floors.floor(work, rates, precision, summary["ms_median"]),
             **{
-                f"speedup_over_{other}": median[other] / median[name]
+                f"{field}_over_{other}": value
                 for other in ("eager", "compiled", "aten")
-                if correct and other in median and other != name
+                if correct and other in times and other != name
+                for field, value in timing.speedup(times[other], times[name]).items()
             },
             "memory_over_T": one.memory / size([problem.targets]) if device.type == "cuda" else None,
             "launches": launches(one.call) if device.type == "cuda" else None,
             "first_call_seconds": one.first_seconds,
+            **telemetry,
         }
     return list(rows.values())
 
 
-HEADER = (
-    f"{'case':12}{'precision':10}{'operator':11}{'by':9}{'ms':>9}{'p20':>9}{'p80':>9}{'floor':>9}{'of it':>7}"
-    f"{'x eager':>9}{'x compiled':>11}{'error/aten':>11}{'memory/T':>9}{'launches':>9}"
-)
+COLUMNS = {
+    "ms": ("ms_median", ".4f"),
+    "floor": ("floor_ms", ".4f"),
+    "of floor": ("floor_fraction", ".0%"),
+    "x eager": ("speedup_over_eager", ".2f"),
+    "x compiled": ("speedup_over_compiled", ".2f"),
+    "error/ATen": ("error_over_aten", ".2f"),
+    "memory/T": ("memory_over_T", ".2f"),
+    "launches": ("launches", "d"),
+}
 
 
-def table_line(row: Row) -> str:
-    start = f"{row['case']:12}{row['precision']:10}{row['operator']:11}{row['implementation']:9}"
+def show(row: Row) -> None:
+    """One line of the table."""
+    title = f"{row['case']} {row['precision']} {row['operator']} {row['by']}"
     if "unavailable" in row:
-        return f"{start}  {row['unavailable']}"
-
-    def cell(name: str, width: int, form: str) -> str:
-        value = row.get(name)
-        return f"{'-':>{width}}" if value is None else f"{value:>{width}{form}}"
-
-    notes = ("" if row["correct"] else "  inexact") + ("" if row["captured"] is True else "  not captured")
-    return (
-        start
-        + "".join(cell(name, 9, ".4f") for name in ("ms_median", "ms_p20", "ms_p80", "floor_ms"))
-        + cell("floor_fraction", 7, ".0%")
-        + cell("speedup_over_eager", 9, ".2f")
-        + cell("speedup_over_compiled", 11, ".2f")
-        + cell("error_over_aten", 11, ".2f")
-        + cell("memory_over_T", 9, ".2f")
-        + cell("launches", 9, "d")
-        + notes
-    )
+        return say(f"{title}: {row['unavailable']}")
+    cells = ["-" if row.get(name) is None else format(row[name], form) for name, form in COLUMNS.values()]
+    return say(title, [*cells, *([] if row["correct"] else ["inexact"])])
 
 
-def write(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def compare(arguments: argparse.Namespace, device: torch.device, metadata: Row) -> None:
+def compare(arguments: argparse.Namespace, device: torch.device) -> None:
     """The table of all cases, precisions, operators and implementations."""
     start = perf_counter()
-    rates = {p: product_rate(p, device) for p in arguments.precisions} | {"copy": copy_rate(device)}
-    metadata = metadata | {"rates": rates}
-    print(
-        ", ".join(f"{name} {rate / 1e12:.3g} T{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()),
-        flush=True,
-    )
+    rates = floors.rates(arguments.precisions, device)
+    results.append(arguments.output, {"kind": "rates", "rates": rates})
     work = [(case, p, operator) for p in arguments.precisions for case in arguments.cases for operator in OUTPUTS]
     # The case of many pairs takes longest: it comes last, where it may be cut off.
     work.sort(key=lambda job: job[0] == "four-source")
     if device.type == "cuda":
         with compilers() as pool:
             wait([pool.submit(compile_ahead, *job, device.index, None) for job in work])
-        print(f"compiled the kernels in {perf_counter() - start:.0f} s", flush=True)
+        say(f"compiled the kernels in {perf_counter() - start:.0f} s")
     triton_runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     compile_left = arguments.compile_seconds
-    print(HEADER, flush=True)
+    say("", list(COLUMNS))
     for case, precision, operator in work:
         if perf_counter() - start > arguments.limit:
-            print(f"stopped after {arguments.limit:.0f} s")
+            say(f"stopped after {arguments.limit:.0f} s")
             break
         if operator not in COMPILED:
             not_compiled = "only gradient and adjoint are compiled"
         else:
-            not_compiled = "" if compile_left > 0 else "no time left to compile"
-        implementations = {"triton": "", "aten": "", "eager": "", "compiled": not_compiled}
-        if not triton_runs:
-            del implementations["triton"]
+            not_compiled = "" if compile_left > 0 else "torch.compile is off, or its time is used up"
+        no_triton = "" if triton_runs else "the Triton kernels need a GPU, or TRITON_INTERPRET=1"
+        implementations = {"triton": no_triton, "aten": "", "eager": "", "compiled": not_compiled}
         for row in operator_rows(case, precision, operator, implementations, rates, arguments.rounds, device):
-            if row["implementation"] == "compiled":
+            if row["by"] == "compiled":
                 compile_left -= row.get("first_call_seconds", 0.0)
-            write(arguments.output, row | metadata)
-            print(table_line(row), flush=True)
+            results.append(arguments.output, row)
+            show(row)
         gc.collect()  # autograd's graphs
 
 
 # Compiling and tuning the kernels
 
-Key = tuple[Kernel, bool, str]  # (kernel, adjoint, precision), as in configs.Table
+Key = tuple[Kernel, bool, str]  # (kernel, adjoint, arithmetic), as in configs.Table
 
 
 def compilers() -> ProcessPoolExecutor:
@@ -537,7 +448,7 @@ def compile_ahead(case: str, precision: str, operator: str, index: int, table: T
     torch.cuda.set_device(device)
     if table is not None:
         install(triton_impl.device_properties(device)[0], table)
-    set_precision(precision)
+    floors.set_precision(precision)
     formulas(triton_impl, random_problem(case, precision, device), operator)
     torch.cuda.synchronize()
 
@@ -563,7 +474,10 @@ def compile_candidates(
     """Compiles all for all cases; why not, of those that could not be compiled (too large for the GPU, as a rule)."""
     with compilers() as pool:
         futures = {
-            pool.submit(compile_ahead, case, key[2], operator_of(key), index, table | {key: config}): (key, config)
+            pool.submit(compile_ahead, case, precision_of(key), operator_of(key), index, table | {key: config}): (
+                key,
+                config,
+            )
             for key, configs_of_key in candidates.items()
             for config in configs_of_key
             for case in cases
@@ -571,12 +485,17 @@ def compile_candidates(
         done, not_done = wait(futures, timeout=seconds)
         pool.shutdown(wait=False, cancel_futures=True)
     failed = {futures[future]: "no time left to compile" for future in not_done}
-    return failed | {futures[future]: reason(error) for future in done if (error := future.exception())}
+    return failed | {futures[future]: str(error) for future in done if (error := future.exception())}
 
 
 def operator_of(key: Key) -> str:
     """What a kernel's blocks are judged by."""
     return "adjoint" if key[1] else "gradient"
+
+
+def precision_of(key: Key) -> str:
+    """The precision whose products are the key's arithmetic."""
+    return "fp32" if key[2] == "ieee" else key[2]
 
 
 def trials(
@@ -588,9 +507,9 @@ def trials(
     device: torch.device,
 ) -> list[Row]:
     """A row a candidate: the operator's time in each case with these blocks of one kernel, the others as in `table`."""
-    arch, operator, precision = triton_impl.device_properties(device)[0], operator_of(key), key[2]
-    set_precision(precision)
-    rows: list[Row] = [{"key": key, "config": asdict(candidate), "ms": {}} for candidate in candidates]
+    arch, operator, precision = triton_impl.device_properties(device)[0], operator_of(key), precision_of(key)
+    floors.set_precision(precision)
+    rows: list[Row] = [{"kind": "tune", "key": key, "blocks": asdict(candidate), "ms": {}} for candidate in candidates]
     for row, candidate in zip(rows, candidates, strict=True):
         if (key, candidate) in failed:
             row["unavailable"] = failed[key, candidate]
@@ -606,14 +525,14 @@ def trials(
             try:
                 one = ready(partial(contender, "triton", problem, operator), device)
             except Exception as error:  # one candidate's failure is its row
-                row["unavailable"] = f"{case}: {reason(error)}"
+                row["unavailable"] = unavailable({}, error)["unavailable"]
                 continue
             ratio = error_ratio(errors(operator, one.outputs, exact), aten)
             if ratio <= TOLERANCE:
                 contenders[str(i)] = one
             else:
                 row["unavailable"] = f"{case}: error {ratio:.2f} times ATen's"
-        times = milliseconds({name: one.timed for name, one in contenders.items()}, arguments.rounds, device)
+        times = timing.milliseconds({name: one.timed for name, one in contenders.items()}, arguments.rounds, device)
         for name, t in times.items():
             rows[int(name)]["ms"][case] = statistics.median(t)
     install(arch, table)
@@ -623,7 +542,7 @@ def trials(
     return rows
 
 
-def tune(arguments: argparse.Namespace, device: torch.device, metadata: Row) -> None:
+def tune(arguments: argparse.Namespace, device: torch.device) -> None:
     """Moves each kernel's blocks to the fastest of their neighbours, until none is faster."""
     start = perf_counter()
     arch, _ = triton_impl.device_properties(device)
@@ -631,7 +550,8 @@ def tune(arguments: argparse.Namespace, device: torch.device, metadata: Row) -> 
     kernels: tuple[Kernel, ...] = ("position", "channel")
     tried: dict[Key, set[Config]] = {key: set() for key in table}
     for precision in arguments.precisions:
-        moving: list[Key] = [(kernel, adjoint, precision) for adjoint in (False, True) for kernel in kernels]
+        arithmetic = "ieee" if precision == "fp32" else precision
+        moving: list[Key] = [(kernel, adjoint, arithmetic) for adjoint in (False, True) for kernel in kernels]
         while moving and (left := arguments.limit - (perf_counter() - start)) > 0:
             candidates = {
                 key: [table[key], *(c for c in neighbours(key[0], table[key]) if c not in tried[key])] for key in moving
@@ -645,7 +565,7 @@ def tune(arguments: argparse.Namespace, device: torch.device, metadata: Row) -> 
                 tried[key].update(configs_of_key)
                 rows = trials(key, configs_of_key, failed, table, arguments, device)
                 for row in rows:
-                    write(arguments.output, row | metadata)
+                    results.append(arguments.output, row)
                 timed = [i for i, row in enumerate(rows) if "ms_mean" in row]
                 best = min(timed, key=lambda i: rows[i]["ms_mean"], default=0)
                 if best and rows[best]["ms_mean"] < 0.99 * rows[0].get("ms_mean", math.inf):
@@ -660,8 +580,7 @@ def tune(arguments: argparse.Namespace, device: torch.device, metadata: Row) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda (default) or cpu")
+    parser = results.parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: imagenet cifar, and four-source")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default: all")
     parser.add_argument("--rounds", type=int, default=30, help="timed turns of each contender (default 30)")
@@ -671,34 +590,17 @@ def main() -> None:
     )
     parser.add_argument("--no-compile", dest="compile_seconds", action="store_const", const=0, help="no torch.compile")
     parser.add_argument("--tune", action="store_true", help="look for faster blocks of the Triton kernels")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/operators_<gpu>.jsonl, or tune_<gpu>")
-    parser.add_argument("--commit", default=commit(), help="what the rows say of the code, where git cannot tell")
     arguments = parser.parse_args()
-
-    device = torch.device(arguments.device)
+    device = results.device(arguments)
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
         # One stream for all: autograd's backward runs where its forward ran, and a graph is captured from one.
         torch.cuda.set_stream(torch.cuda.Stream(device))
         # The first product of a thread, autograd's too, allocates a workspace that stays: no contender's own.
         x = torch.ones(16, 16, device=device, requires_grad=True)
         (x @ x).sum().backward()
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    name = "tune" if arguments.tune else "operators"
     arguments.cases = arguments.cases or ["imagenet", "cifar", *([] if arguments.tune else ["four-source"])]
-    arguments.output = arguments.output or RESULTS / f"{name}_{gpu.lower().replace(' ', '_')}.jsonl"
-    metadata = {
-        "benchmark": name,
-        "device": gpu,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "commit": arguments.commit,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    (tune if arguments.tune else compare)(arguments, device, metadata)
-    print(f"rows are in {arguments.output}")
+    results.start("tune" if arguments.tune else "operators", arguments, device)
+    (tune if arguments.tune else compare)(arguments, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""The matching operators: gradient and adjoint, by every implementation, in every precision."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import floors, operators
+from l2t_fast.kernels import torch_impl
+
+CUDA = torch.cuda.is_available()
+CASES = ["cifar", "imagenet", "four-source"] if CUDA else ["tiny"]
+BY = ["triton", "aten", "eager", "compiled"] if CUDA else ["aten", "eager"]
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("precision", operators.PRECISIONS)
+@pytest.mark.parametrize("operator", ["gradient", "adjoint"])
+@pytest.mark.parametrize("name", CASES)
+def test_operator(
+    name: str, operator: str, precision: str, by: str, device: torch.device, timed: Callable[..., Any]
+) -> None:
+    if precision == "tf32" and not CUDA:
+        pytest.skip("a CPU has no TF32")
+    floors.set_precision(precision)
+    problem = operators.random_problem(name, precision, device)
+    exact = operators.formulas(torch_impl, problem.double(), operator)
+    usual = operators.errors(operator, operators.formulas(torch_impl, problem, operator), exact)
+    one = operators.ready(partial(operators.contender, by, problem, operator), device)
+    assert operators.is_correct(precision, operators.errors(operator, one.outputs, exact), usual)
+    timed(one.timed, cold=True)
