@@ -27,7 +27,6 @@ from benchmarks.telemetry import Telemetry
 from l2t_fast import inner
 from l2t_fast.data import MEAN, PAD, STD, TensorSet
 from l2t_fast.reference import forward_with_features
-from l2t_fast.transfer import cotangents
 
 TOLERANCE = 1e-4  # relative, of float32 against float64
 IMAGES = 2048  # of the data set that the input pipeline draws from
@@ -76,8 +75,8 @@ def engine_step(
     x, y = case.images(0, device, dtype)
     with torch.no_grad():
         S = learner.source_features(x)
-        a = cotangents(*learner.weights(S), 0.5)
-        batch = inner.Batch(x, y, *learner.matching_sources(S, x), a)
+        a, _ = learner.cotangents(S, 0.5)
+        batch = inner.Batch(x, y, *learner.matching_sources(S, learner.resizes(x)), a)
     start = {name: p.detach().requires_grad_(adjoint) for name, p in inner.parameters(learner).items()}
     names = sorted(start)
     theta = [start[name] for name in names]
@@ -94,8 +93,8 @@ def engine_step(
     def call() -> Output:
         with torch.set_grad_enabled(adjoint):
             found = gradient(start)
-        grads = [found[name] for name in names]
-        return _adjoint(grads, theta, u) if adjoint else grads
+        grads = [found.get(name) for name in names]  # none where the step's loss does not reach
+        return _adjoint(grads, theta, u) if adjoint else _dense(grads, theta)
 
     return call
 

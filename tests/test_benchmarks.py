@@ -60,9 +60,9 @@ def test_gate_sees_a_second_source_pass(expected_counts: dict[str, int], monkeyp
 def test_gate_sees_more_memory(expected_counts: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     forward, kept = L2T.target_outputs, []
 
-    def hoarding(self: L2T, *args: Any) -> Any:
+    def hoarding(self: L2T, *args: Any, **options: Any) -> Any:
         kept.append(torch.zeros(expected_counts["saved_bytes"] // 40))
-        return forward(self, *args)
+        return forward(self, *args, **options)
 
     monkeypatch.setattr(L2T, "target_outputs", hoarding)
     found = _complaints(gate.engine_counts(SMALL), expected_counts)
