@@ -30,6 +30,9 @@ ROOT = Path(__file__).parents[1]
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
 
 
+SWEEP = ("1", "4", "8", "16")  # T
+
+
 @dataclass(frozen=True)
 class Stage:
     """A module, its arguments, and the seconds after which it is killed."""
@@ -56,7 +59,7 @@ def quick_stages() -> list[Stage]:
         benchmark(15, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
         benchmark(25, "parts", "--cases", "tiny", "--batch", "12", "--rounds", "7"),
         benchmark(130, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "3"),
-        benchmark(75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", "--sweep"),
+        benchmark(75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", "--sweep", "1", "4"),
         benchmark(20, "breakdown", "--cases", "tiny", "--batch", "12"),
         benchmark(35, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *reachable),
     ]
@@ -66,7 +69,7 @@ def stages(cases: list[str]) -> list[Stage]:
     return [
         benchmark(1200, "operators", "--cases", *cases),
         benchmark(1200, "parts", "--cases", *cases),
-        benchmark(3600, "iterations", "--cases", *cases, "--others", "--sweep"),
+        benchmark(3600, "iterations", "--cases", *cases, "--others", "--sweep", *SWEEP),
         benchmark(600, "breakdown", "--cases", *cases),
         benchmark(3600, "training"),
     ]
@@ -77,8 +80,9 @@ def gpu_stages() -> list[Stage]:
     return [
         Stage("pytest", ("-q", "-m", "cuda", "tests"), 70, writes=False),
         benchmark(
-            100, "iterations", "--cases", "cifar", "--modes", "graph", "eager", "--rounds", "7", "--others", "--sweep"
-        ),
+            100, "iterations", "--cases", "cifar", "--modes", "graph", "eager", "--rounds", "7", "--others",
+            "--sweep", *SWEEP,
+        ),  # fmt: skip
         benchmark(100, "iterations", "--cases", "imagenet", "--modes", "graph", "eager", "--rounds", "5"),
         benchmark(90, "operators", "--limit", "70", "--compile-seconds", "30"),
         benchmark(40, "breakdown", "--cases", "cifar", "imagenet", "--modes", "eager", "graph"),

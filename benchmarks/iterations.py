@@ -41,7 +41,6 @@ BATCHES = 2  # that a contender is compared on
 CHECK_BATCH = 4  # images of each on a CPU; on a GPU as many as are timed
 CUDA_WARM_UP = 10  # iterations: a graph is captured after the first few
 MODES: tuple[Mode, ...] = ("graph", "eager", "compile")
-SWEEP_T = (1, 4)  # beside the case's own
 SWEEP_BATCH = (0.5, 2)  # of the case's own
 SWEEP_ROUNDS = 3
 REPEAT = 2  # iterations in a row that a turn on a GPU times
@@ -372,7 +371,7 @@ def main() -> None:
     parser.add_argument(
         "--others", action="store_true", help="also the meta-gradient alone, by higher and TorchOpt too"
     )
-    parser.add_argument("--sweep", action="store_true", help="also over T and over batch sizes")
+    parser.add_argument("--sweep", nargs="+", type=int, metavar="T", help="also over these T, and over batch sizes")
     parser.add_argument("--official", type=Path, help="a checkout of alinlab/L2T-ww, to be timed beside")
     arguments = parser.parse_args()
     device = results.device(arguments)
@@ -388,21 +387,24 @@ def main() -> None:
         if arguments.others:
             results.write(arguments.output, meta_gradient_rows(case, rates, arguments.rounds, device, judge), show)
         if arguments.sweep:
-            results.write(arguments.output, sweep_rows(case, rates, SWEEP_ROUNDS, device, judge), show)
+            results.write(arguments.output, sweep_rows(case, arguments.sweep, rates, device, judge), show)
 
 
-def sweep_rows(case: Case, rates: dict[str, float], rounds: int, device: torch.device, judge: Judge) -> Iterator[Row]:
-    """The same over T and over the number of images."""
+def sweep_rows(
+    case: Case, steps: Sequence[int], rates: dict[str, float], device: torch.device, judge: Judge
+) -> Iterator[Row]:
+    """The same over T, those of `steps` but the case's own, and over the number of images."""
     mode: Mode = "graph" if device.type == "cuda" else "eager"
     ways = [REFERENCE, Way(mode=mode), Way(mode=mode, memory="recompute")]
-    for T in SWEEP_T:
-        other = replace(case, inner_steps=T)
-        yield from iteration_rows(other, ways, rates, rounds, device, Judge(other, device, batches=1))
+    for T in steps:
+        if T != case.inner_steps:
+            other = replace(case, inner_steps=T)
+            yield from iteration_rows(other, ways, rates, SWEEP_ROUNDS, device, Judge(other, device, batches=1))
     for share in SWEEP_BATCH:
         other = replace(case, batch=int(share * case.batch))
         # On a GPU a captured graph is checked with the images that it was captured for.
         of_batch = judge if device.type == "cpu" else Judge(other, device, batches=1)
-        yield from iteration_rows(other, ways, rates, rounds, device, of_batch)
+        yield from iteration_rows(other, ways, rates, SWEEP_ROUNDS, device, of_batch)
 
 
 if __name__ == "__main__":

@@ -214,6 +214,11 @@ def markdown(first: Row, rows: Sequence[Row], pictures: Sequence[str]) -> str:
     found = [row for row in rows if row["kind"] == "breakdown" and "unavailable" not in row]
     if found:
         parts.append(f"## Where the time goes\n\nMilliseconds of an iteration.\n\n{table(_breakdown(found), found)}")
+    panels = _series(rows, "inner_steps", "ms_median")
+    fits = [fit for (case, batch), series in panels.items() for fit in _fits(case, batch, series)]
+    if fits:
+        header = "| case | batch | by | ms = | largest deviation |\n| --- | ---: | --- | --- | ---: |\n"
+        parts.append(f"## Time against T\n\nLeast squares over the T measured.\n\n{header}" + "".join(fits))
     parts += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})\n" for picture in pictures]
     stages = [row for row in rows if row["kind"] == "stage"]
     if stages:
@@ -329,15 +334,7 @@ def roofline(rows: Sequence[Row]) -> Any:
 def lines(rows: Sequence[Row], x: str, y: str, xlabel: str, ylabel: str, scale: float = 1.0) -> Any:
     """Whole iterations against T or batch, a line a contender, a panel a case; the other of the two is held fixed."""
     other = "batch" if x == "inner_steps" else "inner_steps"
-    panels: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
-    for row in rows:
-        if row["kind"] == "iteration" and row.get(y) is not None:
-            series = panels.setdefault((row["case"], row[other]), {})
-            series.setdefault(name_of(row), {})[row[x]] = scale * row[y]
-    panels = {
-        key: {name: points for name, points in series.items() if len(points) > 1} for key, series in panels.items()
-    }
-    panels = {key: series for key, series in panels.items() if series}
+    panels = _series(rows, x, y, scale)
     if not panels:
         return None
     figure, all_axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), layout="constrained", squeeze=False)
@@ -351,6 +348,31 @@ def lines(rows: Sequence[Row], x: str, y: str, xlabel: str, ylabel: str, scale: 
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
+
+
+Series = dict[str, dict[int, float]]
+
+
+def _series(rows: Sequence[Row], x: str, y: str, scale: float = 1.0) -> dict[tuple[str, int], Series]:
+    """{(case, what is held fixed): {contender: {x: y}}}, where there are two x or more."""
+    other = "batch" if x == "inner_steps" else "inner_steps"
+    panels: dict[tuple[str, int], Series] = {}
+    for row in rows:
+        if row["kind"] == "iteration" and "unavailable" not in row and row.get(y) is not None:
+            series = panels.setdefault((row["case"], row[other]), {})
+            series.setdefault(name_of(row), {})[row[x]] = scale * row[y]
+    several = {key: {n: points for n, points in series.items() if len(points) > 1} for key, series in panels.items()}
+    return {key: series for key, series in several.items() if series}
+
+
+def _fits(case: str, batch: int, series: Series) -> Iterator[str]:
+    """Rows of a table: a + b T by least squares, where three T or more tell whether it fits."""
+    for name, points in series.items():
+        if len(points) > 2:
+            T, ms = list(points), list(points.values())
+            slope, start = statistics.linear_regression(T, ms)
+            worst = max(abs(start + slope * t - m) / m for t, m in zip(T, ms, strict=True))
+            yield f"| {case} | {batch} | {name} | {start:.4g} + {slope:.4g} T, T = {min(T)} to {max(T)} | {worst:.1%} |\n"
 
 
 # Files
