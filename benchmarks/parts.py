@@ -94,8 +94,8 @@ def engine_step(
     def call() -> Output:
         with torch.set_grad_enabled(adjoint):
             found = gradient(start)
-        grads = [found[name] for name in names]
-        return _adjoint(grads, theta, u) if adjoint else grads
+        grads = [found.get(name) for name in names]
+        return _adjoint(grads, theta, u) if adjoint else _dense(grads, theta)
 
     return call
 
