@@ -59,7 +59,9 @@ def quick_stages() -> list[Stage]:
         benchmark(15, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
         benchmark(25, "parts", "--cases", "tiny", "--batch", "12", "--rounds", "7"),
         benchmark(130, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "3"),
-        benchmark(75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", "--sweep", "1", "4"),
+        benchmark(
+            75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", "--sweep", "1", "4"
+        ),
         benchmark(20, "breakdown", "--cases", "tiny", "--batch", "12"),
         benchmark(35, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *reachable),
     ]
@@ -80,8 +82,18 @@ def gpu_stages() -> list[Stage]:
     return [
         Stage("pytest", ("-q", "-m", "cuda", "tests"), 70, writes=False),
         benchmark(
-            100, "iterations", "--cases", "cifar", "--modes", "graph", "eager", "--rounds", "7", "--others",
-            "--sweep", *SWEEP,
+            100,
+            "iterations",
+            "--cases",
+            "cifar",
+            "--modes",
+            "graph",
+            "eager",
+            "--rounds",
+            "7",
+            "--others",
+            "--sweep",
+            *SWEEP,
         ),  # fmt: skip
         benchmark(100, "iterations", "--cases", "imagenet", "--modes", "graph", "eager", "--rounds", "5"),
         benchmark(90, "operators", "--limit", "70", "--compile-seconds", "30"),

@@ -397,7 +397,7 @@ def sweep_rows(
     mode: Mode = "graph" if device.type == "cuda" else "eager"
     ways = [REFERENCE, Way(mode=mode), Way(mode=mode, memory="recompute")]
     for T in steps:
-        if T != case.inner_steps:
+        if case.inner_steps != T:
             other = replace(case, inner_steps=T)
             yield from iteration_rows(other, ways, rates, SWEEP_ROUNDS, device, Judge(other, device, batches=1))
     for share in SWEEP_BATCH:
