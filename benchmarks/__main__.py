@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
 
 
-SWEEP = ("1", "4", "8", "16")  # T
+QUICK_SWEEP, SWEEP = ("--sweep", "1", "4"), ("--sweep", "1", "4", "8", "16")  # T
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def stages(cases: list[str]) -> list[Stage]:
     return [
         benchmark(1200, "operators", "--cases", *cases),
         benchmark(1200, "parts", "--cases", *cases),
-        benchmark(3600, "iterations", "--cases", *cases, "--others", "--sweep", *SWEEP),
+        benchmark(3600, "iterations", "--cases", *cases, "--others", *SWEEP),
         benchmark(600, "breakdown", "--cases", *cases),
         benchmark(3600, "training"),
     ]
@@ -79,23 +79,11 @@ def stages(cases: list[str]) -> list[Stage]:
 
 def gpu_stages() -> list[Stage]:
     """Limits add up to less than nine minutes; the most telling comes first."""
+    both = ("--modes", "graph", "eager")
     return [
         Stage("pytest", ("-q", "-m", "cuda", "tests"), 70, writes=False),
-        benchmark(
-            100,
-            "iterations",
-            "--cases",
-            "cifar",
-            "--modes",
-            "graph",
-            "eager",
-            "--rounds",
-            "7",
-            "--others",
-            "--sweep",
-            *SWEEP,
-        ),  # fmt: skip
-        benchmark(100, "iterations", "--cases", "imagenet", "--modes", "graph", "eager", "--rounds", "5"),
+        benchmark(100, "iterations", "--cases", "cifar", *both, "--rounds", "7", "--others", *SWEEP),
+        benchmark(100, "iterations", "--cases", "imagenet", *both, "--rounds", "5"),
         benchmark(90, "operators", "--limit", "70", "--compile-seconds", "30"),
         benchmark(40, "breakdown", "--cases", "cifar", "imagenet", "--modes", "eager", "graph"),
         benchmark(30, "parts", "--cases", "cifar", "--rounds", "7"),
