@@ -59,9 +59,7 @@ def quick_stages() -> list[Stage]:
         benchmark(15, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
         benchmark(25, "parts", "--cases", "tiny", "--batch", "12", "--rounds", "7"),
         benchmark(130, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "3"),
-        benchmark(
-            75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", "--sweep", "1", "4"
-        ),
+        benchmark(75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", *QUICK_SWEEP),
         benchmark(20, "breakdown", "--cases", "tiny", "--batch", "12"),
         benchmark(35, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *reachable),
     ]
