@@ -139,7 +139,6 @@ def test_learning_rates_change_under_a_graph() -> None:
     assert error(everything(of), after) > 1e-4
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_a_loaded_learning_rate_reaches_the_graph(warm: dict[str, Any]) -> None:
     graph, eager = (warmed(warm, made(mode=m)) for m in ("graph", "eager"))
     for of in (graph, eager):
@@ -177,6 +176,7 @@ def test_a_target_that_waits_is_not_captured_and_goes_on() -> None:
     torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize("mode", MODES)
 def test_dropout_draws_anew_in_each_replay(mode: Any) -> None:
     of = made(mode=mode, dropout=nn.Dropout(0.5), lr=0.0, meta_lr=0.0)
     x, y = images(0)
