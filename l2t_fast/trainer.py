@@ -74,7 +74,8 @@ def fit(
 ) -> dict[str, Any]:
     """Trains `engine`, whose learner's target is `network`, and returns accuracies on the test set.
 
-    Goes on from folder/last.pt where there is one, bit by bit as if it had never stopped. Writes metrics.jsonl (a
+    Goes on from folder/last.pt where there is one, bit by bit as if it had never stopped (on CUDA as far as cuDNN's
+    kernels give the same bits again). Writes metrics.jsonl (a
     line an iteration, a line an epoch), last.pt after each epoch and when stopped, best.pt when validation improves.
 
     Raises:
