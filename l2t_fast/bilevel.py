@@ -77,7 +77,7 @@ def meta_gradient(
     steps, theta = _unroll(kinds, gradient, theta, momentum, weights, lr, rule, keep, random)
     with torch.enable_grad():
         loss = outer(theta)
-    end = _random_state(theta) if random else []
+    end = random_states(lr.device) if random else []
     # u: cotangents of θ and of the momentum where a step ends; both are overwritten as the sweep goes on.
     ones = {"loss": torch.ones_like(loss)}
     u_theta = _owned(_grad(_edges({"loss": loss}), list(theta.values()), ones), list(theta.values()))
@@ -92,7 +92,7 @@ def meta_gradient(
         g_bar = dict(zip(names, cotangents, strict=True))
         if not keep:
             if random:
-                _set_random_state(step.random, theta)
+                _set_random_states(step.random, lr.device)
             with torch.enable_grad():
                 g = _edges(gradient(kind, theta, of_batch))
         v = _grad(g, [*of_batch, *theta.values()], g_bar)
@@ -102,7 +102,7 @@ def meta_gradient(
             torch._foreach_add_([u for u, _ in v_theta], [x for _, x in v_theta])
         del step, g, v, v_theta  # before the next step's are made
     if random:
-        _set_random_state(end, theta)
+        _set_random_states(end, lr.device)
     grads_a = [
         [torch.zeros_like(p) if x is None else x for p, x in zip(of_batch, sums, strict=True)]
         for of_batch, sums in zip(a, total, strict=True)
@@ -127,7 +127,7 @@ def _unroll(
     reached: set[str] = set()  # parameters that depend on a by now; none in the first step
     for kind in kinds:
         start = _leaves(theta, reached)
-        state = _random_state(theta) if random else []
+        state = random_states(lr.device) if random else []
         with torch.enable_grad():
             g = gradient(kind, start, weights[kind.batch])
         steps.append(_Step(start, {name: x.dtype for name, x in g.items()}, _edges(g) if keep else {}, state))
@@ -143,16 +143,15 @@ def _leaves(tensors: Theta, variables: set[str]) -> Theta:
     return {name: tensor.detach().requires_grad_(name in variables) for name, tensor in tensors.items()}
 
 
-def _random_state(theta: Theta) -> list[Tensor]:
-    """State of the generators that a forward pass may draw from (dropout), so that a replay draws the same."""
-    device = next(iter(theta.values())).device
+def random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that a forward pass may draw from (dropout): the CPU's and, on CUDA, the device's."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _set_random_state(state: list[Tensor], theta: Theta) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1], next(iter(theta.values())).device)
+def _set_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def _edges(tensors: Mapping[str, Tensor]) -> dict[str, GradientEdge]:

@@ -212,14 +212,15 @@ class Engine:
                 self._compile(tensors)
             if self._graphs is None:
                 return self._iterate(self._ready(tensors))
-            before = self._random_states() if self._draws is None else []
+            before = bilevel.random_states(self._device) if self._draws is None else []
             try:
                 metrics = self._graphs.run(tensors, self._ready)
             except CaptureError as error:
                 self._give_up_graphs(error)
                 return self._iterate(self._ready(tensors))
             if before:
-                same = [torch.equal(old, new) for old, new in zip(before, self._random_states(), strict=True)]
+                after = bilevel.random_states(self._device)
+                same = [torch.equal(old, new) for old, new in zip(before, after, strict=True)]
                 self._draws = _Draws(host=not same[0], device=not same[-1])
             return metrics
 
@@ -375,8 +376,9 @@ class Engine:
 
     def _functions(self, tensors: Sequence[Tensor]) -> Functions:
         """Compiled ones for the shapes of the first step, plain ones for a smaller last batch."""
-        compiled = self._compiled is not None and _shapes(tensors) == self._compiled_shapes
-        return self._compiled if self._compiled is not None and compiled else self._plain
+        if self._compiled is not None and _shapes(tensors) == self._compiled_shapes:
+            return self._compiled
+        return self._plain
 
     def _iterate(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """One iteration; all that it changes is changed in place, and nothing waits for the device."""
@@ -508,11 +510,6 @@ class Engine:
                 raise L2TError(
                     f"the labels go from {low} to {high}, but the target has classes 0 to {self.learner.classes - 1}."
                 )
-
-    def _random_states(self) -> list[Tensor]:
-        """Of the generators that a forward pass may draw from: the CPU's and the device's."""
-        on_cuda = self._device.type == "cuda"
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._device)] if on_cuda else [])]
 
     def _cuda_devices(self) -> list[torch.device]:
         return [self._device] if self._device.type == "cuda" else []
