@@ -8,15 +8,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, transforms
+from torchvision import transforms
 
+from l2t_fast.datasets import DATASETS, Part, open_image, read
 from l2t_fast.errors import L2TError
 
 # Statistics of ImageNet, which the authors use for every data set.
@@ -50,23 +50,6 @@ class DataConfig:
     training set (train, val) and the test set (test); they replace --classes and --val-fraction"""
     workers: int = 2
     """processes that read images (folder only)"""
-
-
-@dataclass(frozen=True)
-class _Defaults:
-    num_classes: int = 10  # of a folder: counted
-    image_size: int = 32
-    flip: bool = True
-
-
-_DATASETS = {
-    "digits": _Defaults(flip=False),
-    "fashion-mnist": _Defaults(),
-    "cifar10": _Defaults(),
-    "cifar100": _Defaults(num_classes=100),
-    "stl10": _Defaults(),
-    "folder": _Defaults(num_classes=0, image_size=224),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,10 +224,7 @@ class _Files(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        try:
-            image = datasets.folder.default_loader(path)  # RGB
-        except OSError:
-            raise L2TError(f"{path} is no readable image; replace or remove it.") from None
+        image = open_image(path)
         if self.key is None:
             return self.transform(image), label
         # torchvision's transforms draw from the global CPU generator: seeded here, and put back.
@@ -274,8 +254,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
     Raises L2TError when the data set is unknown, missing or damaged, or has not the classes, images or split asked
     for.
     """
-    defaults = _check(config)
-    train, test, num_classes = _read(config, defaults)
+    _check(config)
+    train, test, num_classes = _read(config)
     if config.split is not None:
         classes, train_part, val_part, test_part = _read_split(config.split, train.labels, test.labels)
     else:
@@ -304,18 +284,19 @@ def load_data(config: DataConfig, seed: int) -> Data:
     def part(images: ImageSet, indices: Tensor, augment: bool) -> ImageSet:
         return images.select(indices, relabel[images.labels[indices]], augment)
 
+    size = DATASETS[config.dataset].image_size
     return Data(
         train=part(train, train_part, augment=True),
         val=part(train, val_part, augment=False),
         test=part(test, test_part, augment=False),
         num_classes=len(classes),
-        image_shape=(3, defaults.image_size, defaults.image_size),
+        image_shape=(3, size, size),
     )
 
 
-def _check(config: DataConfig) -> _Defaults:
-    if config.dataset not in _DATASETS:
-        nearest = ", ".join(difflib.get_close_matches(config.dataset.lower(), _DATASETS, n=3, cutoff=0.0))
+def _check(config: DataConfig) -> None:
+    if config.dataset not in DATASETS:
+        nearest = ", ".join(difflib.get_close_matches(config.dataset.lower(), DATASETS, n=3, cutoff=0.0))
         raise L2TError(f"there is no data set named {config.dataset!r}; the nearest names are {nearest}.")
     if config.classes is not None and not 0 < len(set(config.classes)) == len(config.classes):
         raise L2TError(f"classes must be different and at least one, not {config.classes}.")
@@ -327,93 +308,25 @@ def _check(config: DataConfig) -> _Defaults:
         raise L2TError(f"val_fraction must be at least 0 and less than 1, not {config.val_fraction}.")
     if config.workers < 0:
         raise L2TError(f"workers must be at least 0, not {config.workers}.")
-    return _DATASETS[config.dataset]
 
 
-def _read(config: DataConfig, defaults: _Defaults) -> tuple[ImageSet, ImageSet, int]:
+def _read(config: DataConfig) -> tuple[ImageSet, ImageSet, int]:
     """The whole training set, the whole test set, and the number of classes."""
-    if config.dataset == "folder":
-        return _read_folder(config, defaults)
-    if config.dataset == "digits":
-        (train, y_train), (test, y_test) = _read_digits(defaults)
-    else:
-        (train, y_train), (test, y_test) = (_read_torchvision(config, defaults, part) for part in (True, False))
-    return (
-        TensorSet(labels=y_train, augment=True, images=train, flip=defaults.flip),
-        TensorSet(labels=y_test, augment=False, images=test, flip=defaults.flip),
-        defaults.num_classes,
-    )
-
-
-def _read_digits(defaults: _Defaults) -> tuple[Batch, Batch]:
-    """scikit-learn's 1797 digits of 8x8; half of each class, drawn once and for all, is for testing."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise L2TError('digits come with scikit-learn; run `pip install "l2t-fast[digits]"`.') from None
-    digits = load_digits()
-    labels = torch.as_tensor(digits.target, dtype=torch.int64)  # [N]
-    gray = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)  # [N, 1, 8, 8]
-    gray = F.interpolate(gray, size=defaults.image_size, mode="bilinear", align_corners=False)
-    images = gray.round().to(torch.uint8)  # [N, 1, 32, 32]
-    test, train = _draw(labels, torch.arange(len(labels)), range(10), lambda n: n // 2, _TEST)
-    return (images[train], labels[train]), (images[test], labels[test])
-
-
-def _read_torchvision(config: DataConfig, defaults: _Defaults, train: bool) -> Batch:
-    """The training or the test set of torchvision: images uint8 [N, C, H, W], labels int64 [N]."""
-    name, root = config.dataset, config.data_root.expanduser()
-    size = defaults.image_size
-    try:
-        if name == "stl10":
-            stl = datasets.STL10(root, split="train" if train else "test", download=config.download)
-            images = F.interpolate(torch.as_tensor(stl.data), size=size, mode="bilinear", antialias=True)
-            return images, torch.as_tensor(stl.labels, dtype=torch.int64)
-        source: Any = {
-            "fashion-mnist": datasets.FashionMNIST,
-            "cifar10": datasets.CIFAR10,
-            "cifar100": datasets.CIFAR100,
-        }[name]
-        part = source(root, train=train, download=config.download)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        reason = f" ({str(error).splitlines()[0]})" if config.download and str(error) else ""
-        raise L2TError(
-            f"{name} is missing or damaged in {root.resolve()}{reason}; "
-            f"`l2t-fast train --dataset {name} --data-root {config.data_root} --download` gets it "
-            "(remove a damaged copy first)."
-        ) from error
-    images = torch.as_tensor(part.data)
-    if name == "fashion-mnist":
-        images = F.pad(images[:, None], [(size - 28) // 2] * 4)  # [N, 28, 28] -> [N, 1, 32, 32]
-    else:
-        images = images.permute(0, 3, 1, 2).contiguous()  # [N, 3, 32, 32]
-    return images, torch.as_tensor(part.targets, dtype=torch.int64)
-
-
-def _read_folder(config: DataConfig, defaults: _Defaults) -> tuple[ImageSet, ImageSet, int]:
-    root = config.data_root.expanduser()
-    held_out = root / "test" if (root / "test").is_dir() else root / "val"
-    try:
-        train, test = datasets.ImageFolder(root / "train"), datasets.ImageFolder(held_out)
-    except OSError as error:
-        raise L2TError(
-            f"{root.resolve()} is no image folder ({str(error).splitlines()[0]}); a folder data set has images in "
-            "train/CLASS/, and in test/CLASS/ or val/CLASS/, under --data-root."
-        ) from error
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise L2TError(f"class {odd} is in one of {root / 'train'} and {held_out} only; make their classes equal.")
-
-    def files(part: Any, augment: bool) -> FolderSet:
-        return FolderSet(
-            labels=torch.tensor(part.targets),
-            augment=augment,
-            paths=[path for path, _ in part.samples],
-            size=defaults.image_size,
-            workers=config.workers,
+    entry = DATASETS[config.dataset]
+    train, test, num_classes = read(config.dataset, config.data_root, config.download)
+    if test is None:  # half of each class, drawn once and for all
+        test_part, train_part = _draw(
+            train.labels, torch.arange(len(train.labels)), range(num_classes), lambda n: n // 2, _TEST
         )
+        assert isinstance(train.images, Tensor)
+        train, test = (Part(train.labels[i], train.images[i]) for i in (train_part, test_part))
 
-    return files(train, augment=True), files(test, augment=False), len(train.classes)
+    def images(part: Part, augment: bool) -> ImageSet:
+        if isinstance(part.images, Tensor):
+            return TensorSet(part.labels, augment, images=part.images, flip=entry.flip)
+        return FolderSet(part.labels, augment, paths=part.images, size=entry.image_size, workers=config.workers)
+
+    return images(train, augment=True), images(test, augment=False), num_classes
 
 
 def _read_split(prefix: str, train: Tensor, test: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
