@@ -25,6 +25,7 @@ setup(
         "numpy>=1.26",
         "matplotlib>=3.8",
         "rich>=13.7",
+        "scipy>=1.11",
         "tyro>=0.9",
     ],
     extras_require={

@@ -33,12 +33,13 @@ class DataConfig:
     """Which data, and which part of them."""
 
     dataset: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, stl10, or folder (any ImageFolder: DATA_ROOT/train/CLASS/IMAGE, and the
-    same under DATA_ROOT/test or DATA_ROOT/val)"""
+    """of 32 x 32: digits, fashion-mnist, cifar10, cifar100, stl10, tinyimagenet; of 224 x 224: cub200, mit67,
+    stanford40, stanford-dogs, and folder (any ImageFolder: DATA_ROOT/train/CLASS/IMAGE, and the same under
+    DATA_ROOT/test or DATA_ROOT/val)"""
     data_root: Path = Path("data")
     """where the data set lies"""
     download: bool = False
-    """fetch it there first if it is missing"""
+    """fetch it there first if it is missing (those of 32 x 32)"""
     classes: tuple[int, ...] | None = None
     """keep only these classes, relabelled 0, 1, ... in this order"""
     per_class: int | None = None
@@ -49,7 +50,7 @@ class DataConfig:
     """PREFIX of the authors' files PREFIX-train, PREFIX-val, PREFIX-test, torch-saved (classes, indices) into the
     training set (train, val) and the test set (test); they replace --classes and --val-fraction"""
     workers: int = 2
-    """processes that read images (folder only)"""
+    """processes that read images (those of 224 x 224)"""
 
 
 @dataclass(frozen=True, eq=False)

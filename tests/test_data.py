@@ -5,18 +5,21 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets, transforms
 
-from l2t_fast.data import MEAN, STD, Data, DataConfig, ImageSet, TensorSet, load_data
+from l2t_fast.data import MEAN, STD, Data, DataConfig, FolderSet, ImageSet, TensorSet, load_data
 from l2t_fast.errors import L2TError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -237,6 +240,280 @@ def test_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.test.labels.tolist() == [i % 10 for i in range(20)]
 
 
+def write_tinyimagenet(root: Path) -> tuple[list[Path], list[Path]]:
+    """A miniature in the real layout; the training and test images, by class and then by name."""
+    home = root / "tiny-imagenet-200"
+    wnids = [f"n{j * 7919 % 200:08}" for j in range(200)]  # in no order, as the real ones
+    train = [home / f"train/{w}/images/{w}_{k}.JPEG" for w in wnids for k in (10, 9)]
+    test = {home / f"val/images/val_{j}.JPEG": w for j, w in enumerate(wnids)}
+    for i, path in enumerate([*train, *test]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels[..., 0] if i % 50 == 0 else pixels).save(path)  # some are gray
+    (home / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (home / "val/val_annotations.txt").write_text("".join(f"{p.name}\t{w}\t0\t32\t44\t62\n" for p, w in test.items()))
+    return sorted(train), sorted(test, key=lambda path: test[path])
+
+
+def shrunk(paths: list[Path]) -> Tensor:
+    """uint8 [N, 3, 32, 32], as the authors."""
+    shape = transforms.Compose([transforms.Resize(32), transforms.PILToTensor()])
+    return torch.stack([shape(datasets.folder.default_loader(str(path))) for path in paths])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_tinyimagenet(tmp_path: Path, inside: bool) -> None:
+    train, test = write_tinyimagenet(tmp_path)
+    root = tmp_path / "tiny-imagenet-200" if inside else tmp_path
+    data = load_data(DataConfig(dataset="tinyimagenet", data_root=root, val_fraction=0), seed=0)
+    assert (data.num_classes, data.image_shape) == (200, (3, 32, 32))
+    assert data.train.labels.tolist() == [c for c in range(200) for _ in range(2)]
+    assert data.test.labels.tolist() == list(range(200))
+    assert isinstance(data.train, TensorSet)
+    assert isinstance(data.test, TensorSet)
+    assert data.train.flip
+    assert torch.equal(data.train.images, shrunk(train))
+    assert torch.equal(data.test.images, shrunk(test))
+
+
+def test_tinyimagenet_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = write_tinyimagenet(tmp_path)
+    config = DataConfig(dataset="tinyimagenet", data_root=tmp_path, val_fraction=0)
+    decodings = []
+
+    class Counted(ThreadPoolExecutor):
+        def __init__(self, workers: int) -> None:
+            decodings.append(workers)
+            super().__init__(1)
+
+    monkeypatch.setattr("l2t_fast.datasets.ProcessPoolExecutor", Counted)
+
+    def decoded_again() -> bool:
+        before = len(decodings)
+        data = load_data(config, seed=0)
+        assert isinstance(data.train, TensorSet)
+        assert isinstance(data.test, TensorSet)
+        assert torch.equal(data.train.images, shrunk(train))
+        assert torch.equal(data.test.images, shrunk(test))
+        return len(decodings) > before
+
+    assert decoded_again()
+    assert not decoded_again()
+    home = tmp_path / "tiny-imagenet-200"
+    (cache,) = {path for path in home.iterdir() if path.is_file()} - {home / "wnids.txt"}
+    whole = cache.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:middle], b"", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
+        cache.write_bytes(damaged)
+        assert decoded_again()
+        assert not decoded_again()
+    Image.new("RGB", (64, 64), "red").save(train[3])
+    assert decoded_again()
+    train.pop(5).unlink()
+    assert decoded_again()
+    assert not decoded_again()
+
+    cache.unlink()
+    cache.mkdir()  # it cannot be written there
+    assert decoded_again()
+    assert {path.name for path in home.iterdir()} == {"train", "val", "wnids.txt", cache.name}
+
+
+def test_tinyimagenet_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(url: str, root: str, md5: str) -> None:
+        assert (url.rpartition("/")[2], len(md5)) == ("tiny-imagenet-200.zip", 32)
+        write_tinyimagenet(Path(root))
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host\nat all")
+
+    config = DataConfig(dataset="tinyimagenet", data_root=tmp_path, download=True)
+    monkeypatch.setattr("l2t_fast.datasets.download_and_extract_archive", offline)
+    with pytest.raises(L2TError, match=r"tinyimagenet is missing .*\(no route to host\)"):
+        load_data(config, seed=0)
+    monkeypatch.setattr("l2t_fast.datasets.download_and_extract_archive", download)
+    assert len(load_data(config, seed=0).test) == 200
+    monkeypatch.setattr("l2t_fast.datasets.download_and_extract_archive", offline)  # it is there
+    assert len(load_data(config, seed=0).test) == 200
+
+
+def write_photographs(root: Path, name: str) -> dict[str, list[str]]:
+    """A miniature in the real layout, 2 training images and 1 test image a class; {part: [CLASS/IMAGE.jpg]}."""
+    classes = {
+        # None in the order of their names, which in turn is not that of the paths: "-" comes before "/".
+        "cub200": [f"{j * 77 % 200 + 1:03}.Black_footed_Albatross" for j in range(200)],
+        "stanford-dogs": [f"n{2000000 + j * 77 % 120}-Shih-Tzu" for j in range(118)] + ["n02-a", "n02"],
+        "mit67": [f"{'zyx'[j % 3]}_inside_{j}" for j in range(65)] + ["bar-2", "bar"],
+        "stanford40": [f"{'zyx'[j % 3]}_a_bike_{j}" for j in range(38)] + ["running_far", "running"],
+    }[name]
+    parts = {
+        "train": [f"{c}/{c}_{k}.jpg" for c in classes for k in (9, 10)],
+        "test": [f"{c}/{c}_2.jpg" for c in classes],
+    }
+    folder = {"cub200": "images", "stanford40": "JPEGImages"}.get(name, "Images")
+    for i, file in enumerate(parts["train"] + parts["test"]):
+        path = root / folder / (Path(file).name if name == "stanford40" else file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng(i).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        if i % 3:
+            image.convert(("RGB", "L")[i % 2]).save(path)
+        else:
+            image.convert("P").save(path, format="PNG")  # named .jpg, as some are
+    if name == "cub200":
+        images = parts["test"] + parts["train"]
+        rows = [(file, classes.index(file.partition("/")[0]) + 1, int(file in parts["train"])) for file in images]
+        for i, file in enumerate(("images.txt", "image_class_labels.txt", "train_test_split.txt")):
+            (root / file).write_text("".join(f"{j} {row[i]}\n" for j, row in enumerate(rows, 1)))
+        (root / "classes.txt").write_text("".join(f"{j} {c}\n" for j, c in enumerate(classes, 1)))
+    elif name == "stanford-dogs":
+        for part, files in parts.items():
+            cells = np.array(files, dtype=object)[:, None]
+            scipy.io.savemat(root / f"{part}_list.mat", {"file_list": cells, "labels": np.ones((len(files), 1))})
+    elif name == "mit67":
+        for part, files in parts.items():
+            (root / f"{part.title()}Images.txt").write_text("\n".join(files))
+    else:
+        (root / "ImageSplits").mkdir()
+        for part, files in parts.items():
+            names = [Path(file).name for file in files]
+            (root / f"ImageSplits/{part}.txt").write_text("\n".join(names))
+            for c in classes:
+                mine = [file for file in names if file.rpartition("_")[0] == c]
+                (root / f"ImageSplits/{c}_{part}.txt").write_text("\n".join(mine) + "\n")
+    return parts
+
+
+PHOTOGRAPHS = {"cub200": 200, "mit67": 67, "stanford40": 40, "stanford-dogs": 120}
+
+
+def prepare(root: Path, parts: dict[str, list[str]], images: Path, remove: bool) -> None:
+    """What the authors' scripts do: copies to train/CLASS and test/CLASS."""
+    for part, files in parts.items():
+        for file in files:
+            path = root / part / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(images / (file if (images / file).exists() else Path(file).name), path)
+    if remove:
+        shutil.rmtree(images)
+
+
+@pytest.mark.parametrize(("name", "num_classes"), PHOTOGRAPHS.items())
+def test_photographs(name: str, num_classes: int, tmp_path: Path) -> None:
+    parts = write_photographs(tmp_path, name)
+    folder = {"cub200": "images", "stanford40": "JPEGImages"}.get(name, "Images")
+    prepare(tmp_path / "prepared", parts, tmp_path / folder, remove=False)
+    data = load_data(DataConfig(dataset=name, data_root=tmp_path, val_fraction=0, workers=0), seed=0)
+    assert (data.num_classes, data.image_shape) == (num_classes, (3, 224, 224))
+    for part, found in (("train", data.train), ("test", data.test)):
+        expected = datasets.ImageFolder(tmp_path / "prepared" / part)
+        assert isinstance(found, FolderSet)
+        assert [Path(path).name for path in found.paths] == [Path(path).name for path, _ in expected.samples]
+        assert found.labels.tolist() == expected.targets
+
+    shape = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
+    x, _ = next(data.test.eval_batches(6))  # gray ones and those with a palette among them
+    torch.testing.assert_close(x, normalised(torch.stack([shape(expected[i][0]) for i in range(6)])))
+    x, _ = next(data.train.batches(2, seed=0, epoch=0))
+    assert x.shape == (2, 3, 224, 224)
+
+
+@pytest.mark.parametrize("name", ["cub200", "stanford-dogs"])
+def test_split_files_fit_both_layouts(name: str, tmp_path: Path) -> None:
+    original, prepared = tmp_path / "a/CUB_200_2011", tmp_path / "b/CUB_200_2011"
+    for root in (original, prepared):
+        root.mkdir(parents=True)
+        parts = write_photographs(root, name)
+    folder = {"cub200": "images"}.get(name, "Images")
+    prepare(prepared, parts, prepared / folder, remove=True)
+    every = range(PHOTOGRAPHS[name])
+    indices = ([2 * c for c in every], [2 * c + 1 for c in every][::-1], [5, 3])
+    split = save_split(tmp_path / name, *((list(every), part) for part in indices))
+    samples = {part: datasets.ImageFolder(prepared / part).samples for part in ("train", "test")}
+    expected = [
+        [samples[part][i] for i in chosen] for part, chosen in zip(("train", "train", "test"), indices, strict=True)
+    ]
+    roots = [original, prepared, *((original.parent, prepared.parent) if name == "cub200" else ())]
+    for root in roots:
+        data = load_data(DataConfig(dataset=name, data_root=root, split=split), seed=0)
+        for found, wanted in zip((data.train, data.val, data.test), expected, strict=True):
+            assert isinstance(found, FolderSet)
+            assert [Path(path).name for path in found.paths] == [Path(path).name for path, _ in wanted]
+            assert found.labels.tolist() == [label for _, label in wanted]
+
+
+def test_dogs_with_their_lists_in_a_folder(tmp_path: Path) -> None:
+    write_photographs(tmp_path, "stanford-dogs")
+    (tmp_path / "lists").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / f"{part}_list.mat").rename(tmp_path / f"lists/{part}_list.mat")
+    assert len(load_data(DataConfig(dataset="stanford-dogs", data_root=tmp_path), seed=0).test) == 120
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("cub200", "rm classes.txt", r"there is no \S+/classes.txt\)"),
+        (
+            "cub200",
+            "rm images/001.Black_footed_Albatross/001.Black_footed_Albatross_2.jpg",
+            r"_2.jpg is listed, but not",
+        ),
+        ("cub200", "add image_class_labels.txt 7 201", "image 7, .* has no class or no part in the lists"),
+        ("cub200", "add image_class_labels.txt 7 1", "image 7, .* has no class or no part in the lists"),
+        ("cub200", "add train_test_split.txt 7 2", "image 7, .* has no class or no part in the lists"),
+        ("cub200", "add classes.txt 7", "classes.txt has a line of one word"),
+        ("mit67", "rm TestImages.txt", r"there is no \S+/TestImages.txt\)"),
+        ("mit67", "add TestImages.txt \nspace/1.jpg", "class space is in one of the lists"),
+        ("mit67", "add TrainImages.txt \nbar/1.jpg", r"bar/1.jpg is listed, but not there"),
+        ("mit67", "add TrainImages.txt \n\xff", "TrainImages.txt is no text"),
+        ("stanford40", "rm ImageSplits", r"there is no \S+/ImageSplits/ACTION_train.txt"),
+        ("stanford40", "rm ImageSplits/running_test.txt", "class running is in one of the lists"),
+        ("stanford40", "rm JPEGImages/running_far_9.jpg", "running_far_9.jpg is listed, but not there"),
+        ("stanford-dogs", "rm test_list.mat", r"there is no \S+/test_list.mat\)"),
+        ("stanford-dogs", "cut test_list.mat", "test_list.mat is no MATLAB file with a file_list"),
+        ("stanford-dogs", "rm Images/n02/n02_2.jpg", "n02_2.jpg is listed, but not there"),
+        ("tinyimagenet", "rm tiny-imagenet-200/wnids.txt", r"there is no \S+/wnids.txt\)"),
+        ("tinyimagenet", "rm tiny-imagenet-200/val/val_annotations.txt", r"there is no \S+/val_annotations.txt\)"),
+        ("tinyimagenet", "add tiny-imagenet-200/wnids.txt n1", r"there is no \S+/train/n1/images\)"),
+        ("tinyimagenet", "add tiny-imagenet-200/val/val_annotations.txt a\tn1", "class n1 is in one of the lists"),
+        ("tinyimagenet", "rm tiny-imagenet-200/val/images/val_3.JPEG", "val_3.JPEG is listed, but not there"),
+        ("tinyimagenet", "cut tiny-imagenet-200/val/images/val_3.JPEG", "val_3.JPEG is no readable image; replace"),
+    ],
+)
+def test_damaged_data(name: str, damage: str, words: str, tmp_path: Path) -> None:
+    if name == "tinyimagenet":
+        write_tinyimagenet(tmp_path)
+    else:
+        write_photographs(tmp_path, name)
+    verb, file, *text = damage.split(" ", 2)
+    path = tmp_path / file
+    if verb == "add":
+        path.write_bytes(path.read_bytes() + text[0].encode("latin-1") + b"\n")
+    elif verb == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    with pytest.raises(L2TError, match=words) as caught:
+        load_data(DataConfig(dataset=name, data_root=tmp_path), seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_is_missing_altogether(tmp_path: Path) -> None:
+    config = DataConfig(dataset="stanford-dogs", data_root=tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+    with pytest.raises(L2TError, match=r"Couldn't find any class folder .*; get it from"):
+        load_data(config, seed=0)
+    for file in ("train/a/0.jpg", "test/a/0.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+        (tmp_path / file).parent.with_name("b").mkdir()  # empty
+    with pytest.raises(L2TError, match="its lists name 1 classes instead of 120"):
+        load_data(config, seed=0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("folder")
@@ -384,7 +661,27 @@ def test_bad_seed_and_batch_size(digits: Data) -> None:
         next(digits.train.batches(0, seed=0, epoch=0))
 
 
-@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100", "stl10"])
+@pytest.mark.parametrize(
+    ("name", "url", "images"),
+    [
+        ("cub200", "http://www.vision.caltech.edu/datasets/cub_200_2011/", "images/CLASS/IMAGE.jpg, images.txt"),
+        ("mit67", "https://web.mit.edu/torralba/www/indoor.html", "Images/CLASS/IMAGE.jpg, TrainImages.txt"),
+        ("stanford40", "http://vision.stanford.edu/Datasets/40actions.html", "JPEGImages/IMAGE.jpg, ImageSplits/"),
+        ("stanford-dogs", "http://vision.stanford.edu/aditya86/ImageNetDogs/", "Images/CLASS/IMAGE.jpg, train_list"),
+    ],
+)
+def test_missing_photographs_say_how_to_get_them(name: str, url: str, images: str, tmp_path: Path) -> None:
+    for download in (False, True):
+        with pytest.raises(L2TError) as caught:
+            load_data(DataConfig(dataset=name, data_root=tmp_path, download=download), seed=0)
+        folder = images.partition("/")[0]
+        start = f"{name} is missing or damaged in {tmp_path} (there is no {tmp_path / folder}); get it from {url} "
+        assert str(caught.value).startswith(start + "(--download cannot) ")
+        assert images in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100", "stl10", "tinyimagenet"])
 def test_missing_data_says_how_to_get_it(name: str, tmp_path: Path) -> None:
     command = f"l2t-fast train --dataset {name} --data-root {tmp_path} --download"
     with pytest.raises(L2TError) as caught:
