@@ -23,6 +23,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "nvidia-ml-py>=12",
         "numpy>=1.26",
+        "scipy>=1.11",
         "matplotlib>=3.8",
         "rich>=13.7",
         "scipy>=1.11",

@@ -7,30 +7,57 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+Array = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]  # the epoch lines of one metrics.jsonl
 
 
 def plot_curves(path: Path, runs: Mapping[str, Sequence[Rows]], title: str) -> None:
     """Cross entropy and validation accuracy over the epochs: a line a method, the mean of its seeds ± one std."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for method, seeds in runs.items():
-        for axes, key, scale in ((left, "loss", 1.0), (right, "val_accuracy", 100.0)):
-            curves = np.array([[row.get(key, np.nan) for row in rows] for rows in seeds]) * scale  # [seeds, epochs]
-            epochs, mean, std = np.arange(1, curves.shape[1] + 1), curves.mean(0), curves.std(0)
-            (line,) = axes.plot(epochs, mean, label=method, marker="." if len(epochs) < 30 else None)
-            axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
-    for axes, name in ((left, "training cross entropy"), (right, "validation accuracy (%)")):
-        axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    left.legend()
-    count = max(len(seeds) for seeds in runs.values())
+    plot_curves_of_columns(path, {"": runs}, title)
+
+
+def plot_curves_of_columns(path: Path, columns: Mapping[str, Mapping[str, Sequence[Rows]]], title: str) -> None:
+    """The same for several columns of a table, one below the other; a seed may have stopped before the others."""
+    size = (10, 0.6 + 3.4 * len(columns))
+    fig, grid = plt.subplots(len(columns), 2, figsize=size, layout="constrained", squeeze=False)
+    for (left, right), (name, runs) in zip(grid, columns.items(), strict=True):
+        for method, seeds in runs.items():
+            for axes, key, scale in ((left, "loss", 1.0), (right, "val_accuracy", 100.0)):
+                curves = scale * ragged([[row.get(key, np.nan) for row in rows] for rows in seeds])
+                plot_band(axes, np.arange(1, curves.shape[1] + 1), curves, label=method)
+        for axes, what in ((left, "training cross entropy"), (right, "validation accuracy (%)")):
+            axes.set(xlabel="epoch", ylabel=what)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+        if len(columns) > 1:
+            left.set_title(name, loc="left", fontsize=10)
+    grid[0, 0].legend()
+    count = max((len(seeds) for runs in columns.values() for seeds in runs.values()), default=0)
     fig.suptitle(title + (f": mean ± std of {count} seeds" if count > 1 else ""))
-    _save(fig, path)
+    save(fig, path)
+
+
+def ragged(rows: Sequence[Sequence[float]]) -> Array:
+    """[rows, longest]: what a shorter row lacks is nan."""
+    values = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
+    for line, row in zip(values, rows, strict=True):
+        line[: len(row)] = row
+    return values
+
+
+def plot_band(axes: Any, x: Array, curves: Array, **line: Any) -> None:
+    """The mean of `curves` [seeds, x] ± one sample std, over the seeds that have a value there."""
+    count = np.sum(~np.isnan(curves), 0)
+    mean = np.where(count > 0, np.nansum(curves, 0) / np.maximum(count, 1), np.nan)
+    std = np.sqrt(np.nansum((curves - mean) ** 2, 0) / np.maximum(count - 1, 1))
+    style = {"marker": "." if len(x) < 30 else None, **line}
+    (drawn,) = axes.plot(x, mean, **style)
+    axes.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.15, linewidth=0)
 
 
 def plot_pair_weights(path: Path, weights: Sequence[Sequence[float]], names: Sequence[str], title: str) -> None:
@@ -44,10 +71,10 @@ def plot_pair_weights(path: Path, weights: Sequence[Sequence[float]], names: Seq
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epoch", title=title)
     fig.colorbar(image, label="mean pair weight λ")
-    _save(fig, path)
+    save(fig, path)
 
 
-def plot_channel_weights(path: Path, weights: Sequence[np.ndarray], names: Sequence[str], title: str) -> None:
+def plot_channel_weights(path: Path, weights: Sequence[Array], names: Sequence[str], title: str) -> None:
     """A histogram of C_s·w a pair, over images and channels; 1 is uniform. weights: [N, C_s] of each pair."""
     columns = min(5, len(names))
     rows = -(-len(names) // columns)
@@ -68,9 +95,9 @@ def plot_channel_weights(path: Path, weights: Sequence[np.ndarray], names: Seque
     fig.supxlabel("channel weight relative to uniform, C_s · w", fontsize=9)
     fig.supylabel("% of weights", fontsize=9)
     fig.suptitle(title)
-    _save(fig, path)
+    save(fig, path)
 
 
-def _save(fig: Any, path: Path) -> None:
+def save(fig: Any, path: Path) -> None:
     fig.savefig(path, dpi=120)
     plt.close(fig)
