@@ -50,14 +50,14 @@ def ragged(rows: Sequence[Sequence[float]]) -> Array:
     return values
 
 
-def plot_band(axes: Any, x: Array, curves: Array, **line: Any) -> None:
-    """The mean of `curves` [seeds, x] ± one sample std, over the seeds that have a value there."""
+def plot_band(axes: Any, x: Array, curves: Array, shade: float = 0.15, **line: Any) -> None:
+    """The mean of `curves` [seeds, x] ± one sample std, shaded, over the seeds that have a value there."""
     count = np.sum(~np.isnan(curves), 0)
     mean = np.where(count > 0, np.nansum(curves, 0) / np.maximum(count, 1), np.nan)
     std = np.sqrt(np.nansum((curves - mean) ** 2, 0) / np.maximum(count - 1, 1))
     style = {"marker": "." if len(x) < 30 else None, **line}
     (drawn,) = axes.plot(x, mean, **style)
-    axes.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    axes.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=shade, linewidth=0)
 
 
 def plot_pair_weights(path: Path, weights: Sequence[Sequence[float]], names: Sequence[str], title: str) -> None:

@@ -132,6 +132,7 @@ def _sweep_panel(axes: Any, name: str, summaries: Sequence[Summary]) -> None:
     x = np.array(places)
     metas = [entry.method for entry in summaries[0].entries if entry.is_meta]
     others = [entry.method for entry in summaries[0].entries if not entry.is_meta]
+    style: dict[str, Any]
     for i, entry in enumerate(summaries[0].entries):
         column = [summary.entries[i] for summary in summaries]
         seeds = sorted({seed for found in column for seed in found.values})
