@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["l2t_fast", "l2t_fast.kernels"],
+    packages=["l2t_fast", "l2t_fast.methods", "l2t_fast.kernels"],
     package_dir={"l2t_fast.kernels": "kernels"},
     package_data={"l2t_fast": ["py.typed"]},
     install_requires=[
@@ -23,7 +23,6 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "nvidia-ml-py>=12",
         "numpy>=1.26",
-        "scipy>=1.11",
         "matplotlib>=3.8",
         "rich>=13.7",
         "scipy>=1.11",

@@ -55,13 +55,14 @@ def benchmark(limit: float, module: str, *arguments: str) -> Stage:
 def quick_stages() -> list[Stage]:
     """Limits add up to five minutes."""
     reachable = ("--accuracy", "0.4", "--most-epochs", "6")
+    few = ("--methods", "scratch", "lwf+at", "fm-one-to-one", "l2t-w-single", "l2t-w-one-to-one", "l2t-ww")
     return [
         benchmark(15, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
         benchmark(25, "parts", "--cases", "tiny", "--batch", "12", "--rounds", "7"),
         benchmark(130, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "3"),
         benchmark(75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", *QUICK_SWEEP),
         benchmark(20, "breakdown", "--cases", "tiny", "--batch", "12"),
-        benchmark(35, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *reachable),
+        benchmark(35, "training", "--epochs", "1", "--case", "tiny", "--per-class", "10", *few, *reachable),
     ]
 
 

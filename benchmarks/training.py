@@ -23,7 +23,7 @@ from benchmarks.telemetry import Telemetry
 from l2t_fast import L2T, Engine
 from l2t_fast.data import Data, DataConfig, load_data
 from l2t_fast.engine import Mode
-from l2t_fast.methods import METHODS, MethodName, find_method
+from l2t_fast.methods import METHODS, find_method
 from l2t_fast.models import build_model, checkpoint_classes, default_layers, load_weights
 from l2t_fast.trainer import Interrupted, Schedule, fit
 
@@ -55,34 +55,35 @@ class _Stopwatch:
         return self.seconds is not None
 
 
-def learner(
-    method: MethodName, case: Case, data: Data, weights: Path | None, device: torch.device
-) -> tuple[nn.Module, L2T]:
+def learner(method: str, case: Case, data: Data, weights: Path | None, device: torch.device) -> tuple[nn.Module, L2T]:
     """(target, learner) of a method on `data`, with the networks of `case`."""
     torch.manual_seed(0)
     target = build_model(case.target, data.num_classes, case.target_width).to(device)
     example = torch.zeros(2, *data.image_shape, device=device)
     chosen = find_method(method)
-    if chosen.pairs is None:
-        return target, L2T([], target, source_layers=[], target_layers=[], pairs=[], example=example)
-    classes = case.source_classes if weights is None else checkpoint_classes(weights)
-    source = build_model(case.source, classes)
-    if weights is not None:
-        load_weights(source, weights)
+    sources: list[nn.Module] = []
+    if chosen.uses_sources:
+        classes = case.source_classes if weights is None else checkpoint_classes(weights)
+        sources = [build_model(case.source, classes).to(device)]
+        if weights is not None:
+            load_weights(sources[0], weights)
+    if chosen.start is not None:
+        chosen.start(target, sources)
     return target, L2T(
-        source.to(device),
+        sources,
         target,
-        source_layers=default_layers(case.source, source),
+        source_layers=[default_layers(case.source, source) for source in sources],
         target_layers=default_layers(case.target, target),
-        pairs=chosen.pairs,
+        pairs=chosen.pairs or [],
         what=chosen.what,
         where=chosen.where,
+        terms=chosen.make_terms(),
         example=example,
     )
 
 
 def train(
-    method: MethodName,
+    method: str,
     case: Case,
     config: DataConfig,
     epochs: int,

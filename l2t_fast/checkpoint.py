@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import nn
 
 from l2t_fast.errors import L2TError
 
@@ -17,6 +18,13 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes tensors, numbers, strings and containers of them; an older file stays until this one is whole."""
     with _whole(path) as file:
         torch.save({"format": _FORMAT, **content}, file)
+
+
+def save_weights(path: Path, network: nn.Module, classes: int, **more: Any) -> None:
+    """Writes the weights of a network as the authors' checkpoints hold them, and `more` numbers and strings."""
+    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    with _whole(path) as file:
+        torch.save({"state_dict": state, "num_classes": classes, **more}, file)
 
 
 def save_text(path: Path, text: str) -> None:

@@ -1,37 +1,95 @@
 """The command line `l2t-fast`."""
 
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from l2t_fast.config import TrainConfig
+from l2t_fast.config import PretrainConfig, TableConfig, TrainConfig
 from l2t_fast.errors import L2TError
 from l2t_fast.trainer import Interrupted
 
+# The commands import what they run after the arguments are read, so that --help answers at once.
+
 
 def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
-    """Train a target network with what a source network knows, and say what came out.
+    """Train a target network with what source networks know, and say what came out.
 
     Without arguments: digits. A small source network learns the digits 0-4, then a target learns 5-9 from ten images
     each, from scratch and with L2T-ww, three seeds; a table and pictures at the end.
     """
-    from l2t_fast import experiment  # after the arguments are read, so that --help answers at once
+    from l2t_fast import experiment
 
     experiment.run(config, Console())
 
 
+def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
+    """Train methods x targets x seeds side by side, and write the table.
+
+    Without arguments: all methods on digits, three seeds. The same command goes on after any interruption, and may be
+    given more methods, targets and seeds: a cell that is done is not trained again.
+    """
+    from l2t_fast import table
+
+    if not table.run(config, Console()):
+        raise L2TError("some cells have failed: the table says why; the same command tries them again.")
+
+
+def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
+    """Train a source network from scratch; its checkpoint is for --source-weights."""
+    from l2t_fast import experiment
+
+    experiment.pretrain(config, Console())
+
+
+def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Say and draw what a run or a table has learned: which pairs were chosen, and how peaked the channel weights are.
+
+    Args:
+        run: folder of a run or of a table
+    """
+    from l2t_fast import inspection
+
+    inspection.inspect(run, Console())
+
+
+def bench() -> None:
+    """Measure: the same as `python -m benchmarks` in a checkout (`l2t-fast bench --help`)."""
+
+
+def run_bench(arguments: Sequence[str]) -> None:
+    """Runs `python -m benchmarks` of the checkout in the working directory, and exits as it does."""
+    if not Path("benchmarks/__main__.py").is_file():
+        raise L2TError("the benchmarks are not installed: run `l2t-fast bench` in a checkout of the repository.")
+    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks", *arguments], check=False).returncode)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on bad input, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[..., None]] = {
+        "train": train,
+        "table": table,
+        "pretrain": pretrain,
+        "inspect": inspect,
+        "bench": bench,
+    }
     try:
-        tyro.extras.subcommand_cli_from_dict({"train": train}, prog="l2t-fast", args=arguments)
+        if given[:1] == ["bench"]:  # its arguments are its own
+            run_bench(given[1:])
+        tyro.extras.subcommand_cli_from_dict(commands, prog="l2t-fast", args=given)
     except L2TError as error:
         Console(stderr=True).print(f"l2t-fast: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except Interrupted:
         Console(stderr=True).print(
-            "stopped and saved: `l2t-fast train --resume` with the same --name goes on", highlight=False
+            "stopped and saved: the same command goes on, `train` and `pretrain` with --resume and the same --name",
+            highlight=False,
+            soft_wrap=True,
         )
         sys.exit(130)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l2t_fast import bilevel, functions, inner
 from l2t_fast.bilevel import Kind, Memory, Scheme
 from l2t_fast.capture import CaptureError, Graphs
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, UnfitError
 from l2t_fast.functions import Functions, Say
 from l2t_fast.inner import Batch
 from l2t_fast.kernels.sgd import SGD, sgd_step_
@@ -146,6 +146,7 @@ class Engine:
         )
         if self._adam is not None:  # it runs uncaptured first, and says so otherwise
             self._adam._warned_capturable_if_run_uncaptured = True
+        self._uses_sources = bool(learner.pairs) or len(learner.terms) > 0
         self._plain = functions.plain(learner, beta)
         self._compiled: Functions | None = None
         self._compiled_shapes: tuple[Any, ...] = ()
@@ -154,7 +155,7 @@ class Engine:
         self._labels_seen = False
         for name, module in learner.target.named_modules():
             if self._phi and isinstance(module, nn.Hardsigmoid):
-                raise L2TError(
+                raise UnfitError(
                     f"'{name}' of the target is a Hardsigmoid, which PyTorch cannot differentiate twice: replace it, "
                     "for example by relu6(x + 3) / 6."
                 )
@@ -198,7 +199,8 @@ class Engine:
         Returns:
             Metrics on the device, without waiting for it: "loss" (L_org before the real step), "accuracy" (a fraction
             of the batch) and, with pairs, "matching_loss" (L_wfm), "pair_losses" [P] (its terms),
-            "pair_weights" [P] (λ, batch mean) and, with meta-parameters, "meta_loss" (L_meta). Where graphs are
+            "pair_weights" [P] (λ, batch mean) and, with meta-parameters, "meta_loss" (L_meta); of each term its value,
+            "NAME_loss". Where graphs are
             captured they are views that are written anew `capture.ROWS` iterations later.
 
         Raises:
@@ -351,7 +353,7 @@ class Engine:
 
     def _compile(self, tensors: Sequence[Tensor]) -> None:
         """Compiles all that an iteration on such tensors needs; changes nothing."""
-        units = functions.units(self.scheme, self.inner_steps, bool(self.learner.pairs), bool(self._phi))
+        units = functions.units(self.scheme, self.inner_steps, self._uses_sources, bool(self._phi))
         attempt = functions.compiled(self._plain, units, self._say)
         ready = self._ready(tensors)
         self._compiled, self._compiled_shapes = attempt, _shapes(tensors)
@@ -402,11 +404,11 @@ class Engine:
         all_a: list[list[Tensor]] = []
         all_lam: list[list[Tensor]] = []
         for x, y in self._split(tensors)[0]:
-            if self.learner.pairs:
-                S, source_of, a, lam = self._functions(tensors).prepare(x, self.learner.resizes(x))
+            if self._uses_sources:
+                S, source_of, a, lam, given = self._functions(tensors).prepare(x, self.learner.resizes(x))
             else:
-                S, source_of, a, lam = [], [], [], []
-            batches.append(Batch(x, y, S, source_of, [a_p.detach() for a_p in a]))
+                S, source_of, a, lam, given = [], [], [], [], []
+            batches.append(Batch(x, y, S, source_of, [a_p.detach() for a_p in a], given))
             all_a.append(a)
             all_lam.append(lam)
         return batches, all_a, all_lam
@@ -439,7 +441,7 @@ class Engine:
             terms = torch._foreach_norm(torch._foreach_mul(result.distances, batch.a), 1)
             metrics["pair_losses"] = torch.stack(terms)
             metrics["matching_loss"] = metrics["pair_losses"].sum()
-        return metrics
+        return metrics | {f"{term.name}_loss": x for term, x in zip(self.learner.terms, result.terms, strict=True)}
 
     def _meta_gradient(
         self, tensors: Sequence[Tensor], batches: Sequence[Batch], a: list[list[Tensor]]

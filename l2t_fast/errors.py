@@ -6,3 +6,7 @@ class L2TError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class UnfitError(L2TError):
+    """The method cannot be had with these networks, though others can."""

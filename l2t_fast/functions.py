@@ -28,6 +28,7 @@ class Prepared(NamedTuple):
     source_of: list[int]
     a: list[Tensor]  # [B, C_s] of each pair, with its graph to φ
     lam: list[Tensor]  # λ [B] of each pair
+    given: list[list[Tensor]]  # what each term keeps of the sources
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def plain(learner: L2T, beta: float) -> Functions:
     """Each operation as PyTorch runs it."""
 
     def prepare(x: Tensor, resized: bool) -> Prepared:
-        S = learner.source_features(x)
-        return Prepared(*learner.matching_sources(S, resized), *learner.cotangents(S, beta))
+        S, given = learner.prepare(x)
+        return Prepared(*learner.matching_sources(S, resized), *learner.cotangents(S, beta), given)
 
     def gradient(kind: Kind, simulated: bool, theta: Theta, batch: Batch) -> Gradient:
         return inner.gradient(learner, theta, batch, task=kind.task, matching=kind.matching, simulated=simulated)
@@ -113,11 +114,11 @@ def name_of(kind: Kind, simulated: bool, first: bool) -> str:
     return f"first {name}" if first else name
 
 
-def units(scheme: Scheme, inner_steps: int, pairs: bool, meta: bool) -> list[str]:
+def units(scheme: Scheme, inner_steps: int, sources: bool, meta: bool) -> list[str]:
     """What `compiled` compiles for an iteration, in order."""
     steps = simulated_steps(scheme, 1, min(inner_steps, 2)) if meta else []
     names = [name_of(kind, True, first=t == 0) for t, kind in enumerate(steps)]
-    return [*([SOURCES] if pairs else []), "real step", *dict.fromkeys(names), *([OUTER] if meta else [])]
+    return [*([SOURCES] if sources else []), "real step", *dict.fromkeys(names), *([OUTER] if meta else [])]
 
 
 def _own_code(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -1,9 +1,11 @@
 """The gradient that one inner step takes, as a pure function of θ.
 
-θ is a dictionary: the target's trainable parameters ("target.NAME") and the projections r ("projections.I.weight",
-"projections.I.bias"). Everything here can be differentiated again by plain autograd, and compiled.
+θ is a dictionary: the target's trainable parameters ("target.NAME"), the projections r ("projections.I.weight",
+"projections.I.bias") and the parameters of terms ("terms.I.NAME"). Everything here can be differentiated again by plain
+autograd, and compiled.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,11 +14,12 @@ from torch import Tensor
 
 from l2t_fast.kernels import ops
 from l2t_fast.kernels.layers import cast
+from l2t_fast.taps import Outputs
 from l2t_fast.transfer import L2T
 
 Theta = dict[str, Tensor]
 
-_TARGET = "target."
+_TARGET, _TERMS = "target.", "terms."
 
 
 class Batch(NamedTuple):
@@ -27,6 +30,7 @@ class Batch(NamedTuple):
     S: list[Tensor]  # see `L2T.matching_sources`
     source_of: list[int]  # of each pair
     a: list[Tensor]  # [B, C_s] of each pair
+    given: Sequence[list[Tensor]] = ()  # what each term keeps of the sources
 
 
 class Gradient(NamedTuple):
@@ -36,14 +40,20 @@ class Gradient(NamedTuple):
     loss: Tensor  # L_org, scalar
     logits: Tensor  # [B, classes]
     distances: list[Tensor]  # E [B, C_s] of each pair, where asked for
+    terms: list[Tensor]  # value of each term, scalars, where it entered
     buffers: dict[str, Tensor]  # those of the target after this forward pass
 
 
+# (losses and T, (L_org, logits, terms, buffers)); named, since Dynamo cannot build such an annotation.
+_Forward = tuple[list[Tensor], tuple[Tensor, Tensor, list[Tensor], Theta]]
+
+
 def parameters(learner: L2T) -> Theta:
-    """θ: the parameters that are trained, the target's and those of the projections."""
+    """θ: the parameters that are trained, the target's, those of the projections and of the terms."""
     return {
         **{f"{_TARGET}{name}": p for name, p in learner.target.named_parameters() if p.requires_grad},
         **{f"projections.{name}": p for name, p in learner.projections.named_parameters()},
+        **{f"{_TERMS}{name}": p for name, p in learner.terms.named_parameters()},
     }
 
 
@@ -52,18 +62,23 @@ def gradient(
 ) -> Gradient:
     """∇θ of L_org (`task`) and of L_wfm (`matching`), with batch statistics; no buffer of the target is touched.
 
-    L_wfm enters by its gradient alone; only where the step is not `simulated` its value is wanted: the distances are
-    returned then, and the buffers as the forward pass leaves them.
+    Both together are L_total, which has the terms too. L_wfm enters by its gradient alone; only where the step is not
+    `simulated` its value is wanted: the distances are returned then, and the buffers as the forward pass leaves them.
     """
     pairs = range(len(learner.pairs))
+    total = task and matching
     matching = matching and len(pairs) > 0
 
-    def forward(target: dict[str, Tensor]) -> tuple[list[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]:
-        loss, logits, T, buffers = _outputs(learner, target, batch.x, batch.y, simulated)
-        return [*([loss] if task else []), *(T if matching else [])], (loss, logits, buffers)
+    def forward(target: Theta, heads: Theta) -> _Forward:
+        loss, outputs, buffers = _outputs(learner, target, batch.x, batch.y, simulated)
+        values = _terms(learner, target, heads, batch, outputs) if total else []
+        T = learner.paired(outputs) if matching else []
+        assert outputs.logits is not None
+        return [*([sum(values, loss)] if task else []), *T], (loss, outputs.logits, values, buffers)
 
-    outputs, pull, (loss, logits, buffers) = torch.func.vjp(  # type: ignore[misc]
-        forward, _of_target(learner, theta, batch.x.dtype), has_aux=True
+    heads = {name.removeprefix(_TERMS): p for name, p in theta.items() if name.startswith(_TERMS)} if total else {}
+    outputs, pull, (loss, logits, values, buffers) = torch.func.vjp(  # type: ignore[misc]
+        forward, _of_target(learner, theta, batch.x.dtype), heads, has_aux=True
     )
     cotangents = [torch.ones_like(loss)] if task else []
     E: list[Tensor] = []
@@ -78,10 +93,11 @@ def gradient(
             **{f"projections.{i}.weight": g_r[i] for i in pairs},
             **{f"projections.{i}.bias": g_bias[i] for i in pairs},
         }
-    (g_target,) = pull(cotangents)
+    g_target, g_heads = pull(cotangents)
     # The frozen parameters that are computed with in bfloat16 come along, but are no part of θ.
     grads |= {f"{_TARGET}{name}": g for name, g in g_target.items() if f"{_TARGET}{name}" in theta}
-    return Gradient(grads, loss, logits, E, buffers)
+    grads |= {f"{_TERMS}{name}": g for name, g in g_heads.items()}
+    return Gradient(grads, loss, logits, E, values, buffers)
 
 
 def task_loss(learner: L2T, theta: Theta, x: Tensor, y: Tensor) -> Tensor:
@@ -89,15 +105,30 @@ def task_loss(learner: L2T, theta: Theta, x: Tensor, y: Tensor) -> Tensor:
     return _outputs(learner, _of_target(learner, theta, x.dtype), x, y, simulated=True)[0]
 
 
-def _outputs(
-    learner: L2T, target: dict[str, Tensor], x: Tensor, y: Tensor, simulated: bool
-) -> tuple[Tensor, Tensor, list[Tensor], dict[str, Tensor]]:
-    """(L_org, logits, T, the buffers after this pass, which were copied for it)."""
+def _outputs(learner: L2T, target: Theta, x: Tensor, y: Tensor, simulated: bool) -> tuple[Tensor, Outputs, Theta]:
+    """(L_org, the target's outputs, the buffers after this pass, which were copied for it)."""
+    outputs, buffers = _run(learner, target, x, simulated)
+    assert outputs.logits is not None
+    return F.cross_entropy(outputs.logits, y), outputs, buffers
+
+
+def _run(learner: L2T, target: Theta, x: Tensor, simulated: bool) -> tuple[Outputs, Theta]:
     buffers = {name: buffer.clone() for name, buffer in learner.running_buffers(simulated=simulated).items()}
     state = {**target, **buffers}
-    logits, T = learner.target_outputs(x, state, simulated=simulated)
-    logits = logits.to(torch.float32) if logits.dtype == torch.bfloat16 else logits
-    return F.cross_entropy(logits, y), logits, T, {name: state[name] for name in buffers}
+    outputs = learner.all_target_outputs(x, state, simulated=simulated)
+    if outputs.logits is not None and outputs.logits.dtype == torch.bfloat16:
+        outputs = outputs._replace(logits=outputs.logits.float())
+    return outputs, {name: state[name] for name in buffers}
+
+
+def _terms(learner: L2T, target: Theta, heads: Theta, batch: Batch, outputs: Outputs) -> list[Tensor]:
+    """The value of each term."""
+    values: list[Tensor] = []
+    for i, (term, given) in enumerate(zip(learner.terms, batch.given, strict=True)):
+        own = {name.removeprefix(f"{i}."): p for name, p in heads.items() if name.startswith(f"{i}.")}
+        arguments = (given, batch.x, outputs, lambda x: _run(learner, target, x, simulated=True)[0])
+        values.append(torch.func.functional_call(term, own, arguments))
+    return values
 
 
 def _of_target(learner: L2T, theta: Theta, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from l2t_fast.errors import L2TError
 from l2t_fast.inspection_plots import plot_learned
 from l2t_fast.methods import METHODS
 from l2t_fast.plots import Array, ragged
-from l2t_fast.tables import mean_std, stat
+from l2t_fast.report import mean_std, stat
 from l2t_fast.trainer import read_metrics
 
 _TOP = 0.1  # the share of the channels whose weight is told

@@ -104,10 +104,13 @@ def _history(axes: Any, learned: Learned, colors: list[Any]) -> None:
     for p, color in enumerate(colors):
         faint = p not in labelled
         style = {"color": color, "linewidth": 0.9 if faint else 1.8, "alpha": 0.6 if faint else 1.0, "markersize": 4}
-        plot_band(axes, epochs, learned.history[:, :, p], shade=0.05 if faint else 0.2, **style)
+        plot_band(axes, epochs, learned.history[:, :, p], shade=0.0 if faint else 0.12, **style)
     if len(epochs) == 1:
         axes.set_xlim(0.5, 1.5)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if ends.min() < 0.3 * ends.max() else None)
+    low, high = float(np.nanmin(learned.history)), float(np.nanmax(learned.history))  # λ is never below, a band may be
+    low = 0.0 if low < 0.3 * high else low
+    margin = 0.04 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
     low, high = axes.get_ylim()
     heights = _spread(ends[labelled], 0.045 * (high - low), high)
     for p, height in zip(labelled, heights, strict=True):

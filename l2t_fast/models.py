@@ -12,7 +12,7 @@ import torchvision.models
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, UnfitError
 
 # Depths 6n + 2 of He et al. 2016, section 4.2, without those that name a torchvision network (18, 34, 50, ...).
 CIFAR_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110)}
@@ -127,7 +127,7 @@ def default_layers(name: str, model: nn.Module) -> list[str]:
             if isinstance(layer, nn.MaxPool2d)
         ]
     modules = [module for module, _ in model.named_modules() if module.count(".") < 2 and module]
-    raise L2TError(
+    raise UnfitError(
         f"{name} has no default layers; name the layers to match, for example among {', '.join(modules[:12])}."
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, UnfitError
 
 Shape = tuple[int, int, int]  # (C, H, W) of a feature
 
@@ -80,7 +80,7 @@ def _one_to_one(sources: Sequence[Sequence[Shape]], target: Sequence[Shape]) -> 
                 free.remove(n)
                 joined.append(Pair(s, m, n))
         if not joined:
-            raise L2TError(
+            raise UnfitError(
                 f"pairs='one-to-one' finds no layers of equal resolution: source {s} has {_sizes(layers)}, "
                 f"the target {_sizes(target)}; choose other layers or list the pairs."
             )

@@ -62,8 +62,17 @@ class Display:
 class TrainingWatch:
     """Shows one training (the `Watch` of trainer.py) as one task of a display."""
 
-    def __init__(self, display: Display, title: str, epochs: int, batches: int, stop: "StopSignal") -> None:
+    def __init__(
+        self,
+        display: Display,
+        stop: "StopSignal",
+        title: str,
+        epochs: int,
+        batches: int,
+        line_every: float = _LINE_EVERY,
+    ) -> None:
         self._display, self._title, self._epochs, self._batches, self._stop = display, title, epochs, batches, stop
+        self._line_every = line_every
         self._task = display.bars.add_task(title, total=epochs * batches, state="starting")
         self._here = 0  # iterations of this process
         self._saying = ""
@@ -78,12 +87,14 @@ class TrainingWatch:
             self._line(f"goes on from epoch {epoch + 1}, iteration {iteration + 1}")
 
     def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None:
-        self._here, self._left = self._here + 1, self._left - 1
-        # The loss stays on a GPU: showing it would make the queue wait at every iteration.
-        loss = metrics["loss"]
-        shown = f" · loss {loss.item():.3f}" if loss.device.type == "cpu" else ""
-        self._show(f"epoch {epoch + 1}/{self._epochs}{shown}", advance=1)
-        if perf_counter() - self._last_line > _LINE_EVERY:
+        self.advanced(1, epoch, loss_on_host(metrics))
+
+    def advanced(self, count: int, epoch: int, loss: float | None) -> None:
+        """`count` iterations are done, the last of which had this cross entropy."""
+        self._here, self._left = self._here + count, self._left - count
+        shown = "" if loss is None else f" · loss {loss:.3f}"
+        self._show(f"epoch {epoch + 1}/{self._epochs}{shown}", advance=count)
+        if perf_counter() - self._last_line > self._line_every:
             self._line(f"epoch {epoch + 1}/{self._epochs}{shown}")
 
     def evaluating(self, part: str) -> None:
@@ -94,7 +105,7 @@ class TrainingWatch:
         if "val_accuracy" in row:
             text += f" · val {row['val_accuracy']:.1%}"
         self._show(text)
-        if row["epoch"] + 1 == self._epochs or perf_counter() - self._last_line > _LINE_EVERY:
+        if row["epoch"] + 1 == self._epochs or perf_counter() - self._last_line > self._line_every:
             self._line(text)
 
     def say(self, text: str) -> None:
@@ -107,6 +118,10 @@ class TrainingWatch:
     def done(self, accuracy: float) -> None:
         """The training is over."""
         self._show(f"done · test {accuracy:.1%}")
+
+    def clear(self) -> None:
+        """Takes its bar away."""
+        self._display.bars.remove_task(self._task)
 
     def stop_asked(self) -> bool:
         return self._stop.asked
@@ -124,6 +139,11 @@ class TrainingWatch:
             f"{self._title} · {text} · {speed:.2f} it/s · ETA {eta:.0f} s", highlight=False, soft_wrap=True
         )
         self._last_line = now
+
+
+def loss_on_host(metrics: dict[str, Tensor]) -> float | None:
+    """The cross entropy; None on a GPU, where showing it would make the queue wait at every iteration."""
+    return metrics["loss"].item() if metrics["loss"].device.type == "cpu" else None
 
 
 class StopSignal:

@@ -4,7 +4,11 @@ TRANSCRIBED FROM MEMORY, without the paper at hand: only 63.08 (l2t-ww on Stanfo
 tracker of the authors' code. Compare them with the paper before quoting one; tables call them "as transcribed".
 """
 
-from collections.abc import Sequence
+import dataclasses
+
+from l2t_fast.config import TrainConfig, resolve
+from l2t_fast.data import DataConfig
+from l2t_fast.datasets import DATASETS, LARGE
 
 # Test accuracy in %: (mean, std over three runs) of each method, in the order of _DATASETS.
 _DATASETS = ("cifar100", "stl10", "cub200", "mit67", "stanford40", "stanford-dogs")
@@ -19,40 +23,29 @@ _TABLE: dict[str, tuple[tuple[float, float], ...]] = {
     "l2t-w-one-to-one": ((70.02, 0.19), (76.42, 0.52), (56.61, 0.20), (59.78, 1.90), (48.19, 1.42), (69.84, 1.45)),
     "l2t-ww": ((70.96, 0.61), (78.31, 0.21), (65.05, 1.19), (64.85, 2.75), (63.08, 0.88), (78.08, 0.96)),
 }
-# (source, target, batch size): TinyImageNet -> 32 x 32, ImageNet -> 224 x 224.
-_SMALL, _LARGE = ("resnet32", "vgg9_bn", 128), ("resnet34", "resnet18", 64)
-_SETTINGS = dict(zip(_DATASETS, (_SMALL, _SMALL, _LARGE, _LARGE, _LARGE, _LARGE), strict=True))
-_EPOCHS, _LR = 200, 0.1
 
 
-def published(
-    dataset: str,
-    source: Sequence[str],
-    target: str,
-    *,
-    source_width: float,
-    target_width: float,
-    source_classes: Sequence[int] | None,
-    classes: Sequence[int] | None,
-    per_class: int | None,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-) -> dict[str, tuple[float, float]]:
+def published(config: TrainConfig) -> dict[str, tuple[float, float]]:
     """{method: (mean, std) of the test accuracy in %} where the settings are the paper's, else {}.
 
-    Args:
-        source: the architectures of the sources; the paper has one. That its weights come from TinyImageNet
-            (32 x 32) or ImageNet (224 x 224) no checkpoint says: the caller vouches for it.
-        source_classes: the classes that the run itself trained the source on; None if its weights came from elsewhere.
-        classes: the target's classes; None for all of them.
-        per_class: the limit of training images a class; None without one.
+    The paper's settings are the data set's defaults (`config.resolve`): all that decides the result must be as they
+    are. That the weights of a ResNet32 come from TinyImageNet no checkpoint says: the user vouches for it.
     """
-    if dataset not in _SETTINGS:
+    name = config.data.dataset
+    if name not in _DATASETS:
         return {}
-    ours = ((*source, target, batch_size), source_width, target_width, epochs, lr)
-    same = ours == (_SETTINGS[dataset], 1.0, 1.0, _EPOCHS, _LR)
-    if not same or source_classes or classes is not None or per_class is not None:
+    usual = resolve(TrainConfig(data=DataConfig(name)))
+    weights = config.source.source_weights
+    right_weights = weights == ("imagenet",) if DATASETS[name].image_size == LARGE else weights is not None
+    same = (
+        dataclasses.replace(config.source, source_weights=None) == usual.source
+        and config.target == usual.target
+        and dataclasses.replace(config.optim, mode="auto", memory="save", precision="fp32") == usual.optim
+        and (config.data.classes, config.data.per_class) == (None, None)
+        and config.data.val_fraction == usual.data.val_fraction
+        and not config.settings
+    )
+    if not same or not right_weights:
         return {}
-    column = _DATASETS.index(dataset)
+    column = _DATASETS.index(name)
     return {method: values[column] for method, values in _TABLE.items()}

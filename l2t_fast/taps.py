@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -16,7 +16,15 @@ from torchvision.models.feature_extraction import NodePathTracer, create_feature
 from l2t_fast.errors import L2TError
 from l2t_fast.pairs import Shape
 
-_OUTPUT = "output"
+_OUTPUT, _HIDDEN = "output", "hidden"
+
+
+class Outputs(NamedTuple):
+    """What one forward pass of a tapped network gives."""
+
+    features: list[Tensor]  # [B, C, H, W] of each tapped layer
+    logits: Tensor | None  # [B, classes], if the output was asked for
+    hidden: Tensor | None  # [B, C], what the last Linear reads, if the output comes from one
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,11 @@ class Taps:
     nodes: tuple[str, ...]
     shapes: tuple[Shape, ...]
     classes: int  # logits of the output, 0 without
+    hidden: int  # channels of what the last Linear reads; 0 without the output, or where it comes from something else
 
-    def split(self, outputs: dict[str, Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-        """(output of the whole module, if it was asked for, and features in the order of the layers)."""
-        return outputs.get(_OUTPUT), [outputs[node] for node in self.nodes]
+    def split(self, outputs: dict[str, Tensor]) -> Outputs:
+        """The dictionary in order."""
+        return Outputs([outputs[node] for node in self.nodes], outputs.get(_OUTPUT), outputs.get(_HIDDEN))
 
 
 def tap(module: nn.Module, layers: Sequence[str], example: Tensor, *, role: str, output: bool) -> Taps:
@@ -57,6 +66,8 @@ def tap(module: nn.Module, layers: Sequence[str], example: Tensor, *, role: str,
         torch.manual_seed(0)
         x = torch.randn(2, *example.shape[1:]).to(example)  # two, since BatchNorm cannot train on one image
         nodes = {training: _resolve(module, layers, training, role, output) for training in (True, False)}
+        if not all(_HIDDEN in of_mode.values() for of_mode in nodes.values()):
+            nodes = {t: {node: key for node, key in n.items() if key != _HIDDEN} for t, n in nodes.items()}
         was_training = module.training
         network = create_feature_extractor(
             module,
@@ -77,7 +88,8 @@ def tap(module: nn.Module, layers: Sequence[str], example: Tensor, *, role: str,
     if output and outputs[_OUTPUT].dim() != 2:
         raise L2TError(f"the {role} returns {list(outputs[_OUTPUT].shape)}, not logits [B, classes]: wrap it to do so.")
     shapes = tuple((f.shape[1], f.shape[2], f.shape[3]) for f in features)
-    return Taps(network, keys, shapes, outputs[_OUTPUT].shape[1] if output else 0)
+    hidden = outputs[_HIDDEN].shape[1] if _HIDDEN in outputs else 0
+    return Taps(network, keys, shapes, outputs[_OUTPUT].shape[1] if output else 0, hidden)
 
 
 class _ModuleTracer(NodePathTracer):  # type: ignore[misc]
@@ -122,6 +134,10 @@ def _resolve(module: nn.Module, layers: Sequence[str], training: bool, role: str
         if nodes[node] != f"tap{i}":
             other = layers[int(nodes[node].removeprefix("tap"))]
             raise L2TError(f"layers '{layer}' and '{other}' of the {role} are the same feature: give it once.")
+    if output and result.op == "call_module" and isinstance(module.get_submodule(str(result.target)), nn.Linear):
+        read = result.args[0]
+        if isinstance(read, fx.Node) and read in names:
+            nodes.setdefault(names[read], _HIDDEN)
     return nodes
 
 

@@ -274,13 +274,10 @@ class _Log:
         return {"epoch": epoch, **means}
 
     def _check_finite(self, row: dict[str, Any]) -> None:
-        for name, term in (
-            ("loss", "the cross entropy"),
-            ("matching_loss", "the matching loss"),
-            ("meta_loss", "the meta loss"),
-        ):
-            if math.isfinite(row.get(name, 0.0)):
+        for name in row:
+            if (name != "loss" and not name.endswith("_loss")) or math.isfinite(row[name]):
                 continue
+            term = "the cross entropy" if name == "loss" else f"the {name.removesuffix('_loss')} loss"
             of = ""
             if name == "matching_loss":
                 terms = zip(self._pairs, row["pair_losses"], strict=True)

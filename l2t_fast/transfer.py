@@ -11,7 +11,8 @@ from l2t_fast.errors import L2TError
 from l2t_fast.kernels import ops, torch_impl
 from l2t_fast.kernels.layers import cast, half_parameters, replace_layers, running_buffers, without_statistics
 from l2t_fast.pairs import Pair, PairSpec, resolve_pairs
-from l2t_fast.taps import tap
+from l2t_fast.taps import Outputs, tap
+from l2t_fast.terms import MakeTerm, Networks, Shapes
 
 What = Literal["softmax", "uniform"]
 Where = Literal["relu6", "relu", "relu-avg", "softplus", "fixed"]
@@ -40,12 +41,15 @@ class L2T(nn.Module):
         what: channel weights w: "softmax" of a linear map of the pooled source feature, or "uniform" (1/C_s).
         where: pair weights λ: "relu6", "relu" or "relu-avg" (of the pooled feature divided by C_s) of a linear map,
             "softplus" (a constant softplus(10 a) for each pair), or "fixed" (1).
+        terms: what else L_total has beside cross entropy and matching loss (`l2t_fast.terms`): each is made of the
+            shapes of the networks, and its parameters are trained together with the target.
         example: images [B, C, H, W] as the networks will get them; only their shape, device and dtype matter.
 
     Attributes:
         pairs: list of (source, m, n).
         projections: r, a Conv2d(C_t, C_s, 1) for each pair; trained together with the target.
         what, where: f and g, one for each pair; the meta-parameters φ.
+        terms: nn.ModuleList of what `terms` made.
         sources, target: the networks as feature extractors; `classes` of the target, `source_layers`, `target_layers`.
         half_target: names of the target's parameters that are computed with in bfloat16 on bfloat16 images.
 
@@ -66,6 +70,7 @@ class L2T(nn.Module):
         pairs: PairSpec = "all-to-all",
         what: What = "softmax",
         where: Where = "relu6",
+        terms: Sequence[MakeTerm] = (),
         example: Tensor,
     ) -> None:
         super().__init__()
@@ -80,7 +85,7 @@ class L2T(nn.Module):
         _check_placement(networks, target, example)
 
         source_taps = [
-            tap(network.eval(), names, example, role=f"source {s}", output=False)
+            tap(network.eval(), names, example, role=f"source {s}", output=bool(terms))
             for s, (network, names) in enumerate(zip(networks, layers, strict=True))
         ]
         self._target_taps = tap(target, target_layers, example, role="target", output=True)
@@ -122,7 +127,9 @@ class L2T(nn.Module):
                 self.where.append(Constant())
             elif where != "fixed":
                 self.where.append(_linear(C_s, 1, bias=1.0))
-        for heads in (self.projections, self.what, self.where):
+        shapes = [Shapes(taps.shapes, taps.classes, taps.hidden) for taps in (*source_taps, self._target_taps)]
+        self.terms = nn.ModuleList(make(Networks(tuple(shapes[:-1]), shapes[-1])) for make in terms)
+        for heads in (self.projections, self.what, self.where, self.terms):
             heads.to(example)
         self.train()
 
@@ -133,24 +140,31 @@ class L2T(nn.Module):
         return self
 
     def source_features(self, x: Tensor) -> list[Tensor]:
-        """S: a feature [B, C_s, h, w] of each source layer that some pair uses; no gradient.
-
-        On bfloat16 images the networks are computed in bfloat16, their BatchNorms' statistics in float32.
-        """
+        """S: a feature [B, C_s, h, w] of each source layer that some pair uses; no gradient."""
         used = {s for s, _ in self._used_sources}
         with torch.no_grad():
-            features = [
-                taps.split(self._source_outputs(s, x))[1] if s in used else []
-                for s, taps in enumerate(self._source_taps)
-            ]
+            features = {s: self.source_outputs(s, x).features for s in used}
         return [features[s][m] for s, m in self._used_sources]
 
-    def _source_outputs(self, s: int, x: Tensor) -> dict[str, Tensor]:
+    def prepare(self, x: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """What an iteration needs of the sources: (S as `source_features`, what each term keeps); no gradient."""
+        if not self.terms:
+            return self.source_features(x), []
+        with torch.no_grad():
+            outputs = [self.source_outputs(s, x) for s in range(len(self.sources))]
+            given = [term.prepare(x, outputs, self.source_outputs) for term in self.terms]  # type: ignore[operator]
+        return [outputs[s].features[m] for s, m in self._used_sources], given
+
+    def source_outputs(self, s: int, x: Tensor) -> Outputs:
+        """Of source s; differentiable in x.
+
+        On bfloat16 images the network is computed in bfloat16, its BatchNorms' statistics in float32.
+        """
         network, names = self.sources[s], self._half_sources[s]
         if x.dtype != torch.bfloat16 or not names:
-            return network(x)  # type: ignore[no-any-return]
+            return self._source_taps[s].split(network(x))
         half = dict(zip(names, cast(x.dtype, *map(network.get_parameter, names)), strict=True))
-        return torch.func.functional_call(network, half, (x,))  # type: ignore[no-any-return]
+        return self._source_taps[s].split(torch.func.functional_call(network, half, (x,)))
 
     def resizes(self, x: Tensor) -> bool:
         """Whether the operators get R(S) for images x, instead of S.
@@ -174,14 +188,28 @@ class L2T(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """(logits [B, classes], T: a feature [B, C_t, H, W] of each target layer that some pair uses).
 
+        As `all_target_outputs`, which has all tapped layers.
+        """
+        outputs = self.all_target_outputs(x, state, simulated=simulated)
+        assert outputs.logits is not None
+        return outputs.logits, self.paired(outputs)
+
+    def paired(self, outputs: Outputs) -> list[Tensor]:
+        """T: of the target's outputs, a feature [B, C_t, H, W] of each layer that some pair uses."""
+        return [outputs.features[n] for n in self._used_targets]
+
+    def all_target_outputs(
+        self, x: Tensor, state: dict[str, Tensor] | None = None, *, simulated: bool = False
+    ) -> Outputs:
+        """Of the target.
+
         `state`, parameters and buffers by the names of the target, replaces its own (`torch.func.functional_call`).
         A simulated pass leaves the running statistics of BatchNorm alone, in training mode.
         """
         network = self._simulated[0] if simulated else self.target
-        outputs = network(x) if state is None else torch.func.functional_call(network, state, (x,))
-        logits, features = self._target_taps.split(outputs)
-        assert logits is not None
-        return logits, [features[n] for n in self._used_targets]
+        return self._target_taps.split(
+            network(x) if state is None else torch.func.functional_call(network, state, (x,))
+        )
 
     def running_buffers(self, *, simulated: bool) -> dict[str, Tensor]:
         """The target's buffers that such a pass may change."""

@@ -51,6 +51,11 @@ def error(tensors: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return ((flat(tensors).cpu() - wanted).norm() / wanted.norm()).item()
 
 
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """To the last bit."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def everything(of: Engine) -> dict[str, Tensor]:
     """Copies of all numbers that an iteration changes, in one dictionary."""
     state = copy.deepcopy(of.state_dict())

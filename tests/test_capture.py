@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import CLASSES, batch, engine, everything, learner
+from engines import CLASSES, batch, engine, everything, learner, same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -92,10 +92,6 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
         return taped
 
     return make
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def fuse(of: Engine) -> Engine:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from engines import batch, engine, error, everything, learner, load_as
+from test_methods import learner as of_method
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from l2t_fast import Engine
 from l2t_fast.capture import WARM_UP
+from l2t_fast.methods import METHODS
 from l2t_fast.models import build_model, default_layers
 from l2t_fast.transfer import L2T
 
@@ -272,3 +274,32 @@ def test_a_run_resumes_in_another_mode(warm: dict[str, Any]) -> None:
         assert error(graph.step(*images(10 + i)), eager.step(*images(10 + i))) < 5e-6
     graph.load_state_dict(copy.deepcopy(eager.state_dict()))
     assert error(graph.step(*images(20)), eager.step(*images(20))) < 5e-6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_captured(name: str, precision: Any) -> None:
+    """Replays follow launches, past the first steps."""
+    assert_method_follows(name, "graph", precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["lwf+at", "jacobian"])
+def test_terms_are_compiled(name: str, precision: Any) -> None:
+    assert_method_follows(name, "compile", precision)
+
+
+def assert_method_follows(name: str, mode: Any, precision: Any) -> None:
+    options = {"precision": precision}
+    eager, other = (
+        engine(of_method(name, dtype=torch.float32, device=DEVICE), mode=m, **options) for m in ("eager", mode)
+    )
+    tolerance = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 0.1}[precision]
+    for i in range(WARM_UP + 3):
+        expected, metrics = (e.step(*images(i, 8)) for e in (eager, other))
+        assert metrics.keys() == expected.keys()
+        assert abs(metrics["loss"] - expected["loss"]) < tolerance * expected["loss"]
+        for key in metrics.keys() & {"lwf_loss", "at_loss", "jacobian_loss", "matching_loss"}:
+            assert abs(metrics[key] - expected[key]) < tolerance * expected[key]
+    assert other._graphs is not None
+    assert other.mode == mode

@@ -84,7 +84,7 @@ def test_features_are_those_of_forward_hooks(name: str) -> None:
         torch.manual_seed(1)
         expected = hooked(expected_from, layers, X)
         torch.manual_seed(1)
-        logits, features = taps.split(network(X))
+        features, logits, _ = taps.split(network(X))
         assert logits is not None
         for actual, wanted in zip([logits, *features], expected, strict=True):
             assert torch.equal(actual, wanted)
@@ -94,7 +94,7 @@ def test_features_are_those_of_forward_hooks(name: str) -> None:
     assert taps.classes == 5
 
     source = tap(module.eval(), layers, X, role="source 0", output=False)
-    logits, features = source.split(source.network(X))
+    features, logits, _ = source.split(source.network(X))
     assert logits is None
     assert all(torch.equal(*both) for both in zip(features, hooked(module, layers, X)[1:], strict=True))
 
@@ -177,14 +177,14 @@ def test_what_overwrites_a_feature_does_not_matter_where_it_is_not_run(middle: C
     """A source stops at its last tapped layer, and torch.fx turns += into an addition."""
     toy = Toy(middle).eval()
     taps = tap(toy, ["bn"], X, role="source 0", output=middle is iadd)
-    (feature,) = taps.split(taps.network(X))[1]
+    (feature,) = taps.split(taps.network(X)).features
     assert torch.equal(feature, toy.bn(toy.conv(X)))
 
 
 @torch.no_grad()
 def test_the_output_of_an_in_place_relu_is_a_feature() -> None:
     toy = Toy(OVERWRITES["module"]).eval()
-    logits, (feature,) = tap_target(toy, ["relu_"]).split(tap_target(toy, ["relu_"]).network(X))
+    (feature,), logits, _ = tap_target(toy, ["relu_"]).split(tap_target(toy, ["relu_"]).network(X))
     assert torch.equal(feature, toy.bn(toy.conv(X)).relu())
     assert torch.equal(logits, toy(X))  # type: ignore[arg-type]
 
@@ -266,7 +266,7 @@ def test_images_that_the_network_cannot_take() -> None:
 def test_the_second_call_of_a_module_has_a_name() -> None:
     toy = Toy(lambda t, h: t.relu(t.relu(h) - 1)).eval()
     taps = tap_target(toy, ["relu_1"])
-    assert torch.equal(taps.split(taps.network(X))[1][0], (toy.bn(toy.conv(X)).relu() - 1).relu())
+    assert torch.equal(taps.split(taps.network(X)).features[0], (toy.bn(toy.conv(X)).relu() - 1).relu())
 
 
 def test_mathematics_on_shapes_can_be_traced() -> None:

@@ -5,6 +5,7 @@ Accuracies come in as fractions, as in result.json, and go out in %; std is the 
 
 import csv
 import io
+import json
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -17,9 +18,13 @@ from rich.table import Table
 from rich.text import Text
 from scipy import stats
 
-from l2t_fast import table_plots
+from l2t_fast import report_plots
 from l2t_fast.checkpoint import save_text
+from l2t_fast.config import TrainConfig
+from l2t_fast.methods import find_method
 from l2t_fast.plots import Rows, plot_curves_of_columns
+from l2t_fast.published import published
+from l2t_fast.trainer import read_epochs
 
 _DASH = "–"
 _SAME = 1e-9  # % points below which two numbers are one: what is left of them in floating point
@@ -130,11 +135,11 @@ def write_tables(
     save_text(folder / "table.csv", _csv(_TABLE_FIELDS, [_table_row(s, e) for s in summaries for e in s.entries]))
     cells = [_cell_row(column, cell) for column in columns for cell in column.cells]
     save_text(folder / "cells.csv", _csv(_CELL_FIELDS, cells))
-    table_plots.plot_table(folder / "table.png", title, summaries)
+    report_plots.plot_table(folder / "table.png", title, summaries)
     if groups := sweep_groups(summaries):
-        table_plots.plot_sweep(folder / "sweep.png", title, groups)
+        report_plots.plot_sweep(folder / "sweep.png", title, groups)
     if curves := {column.title: column.curves for column in columns if column.curves}:
-        plot_curves_of_columns(folder / "curves.png", curves, title)
+        plot_curves_of_columns(folder / "curves.png", curves, title.partition(":")[0])
     notes = Notes()
     overview = [_rich(title, _matrix(summaries, notes), [])] if len(summaries) > 1 else []
     details = [_rich(s.title if overview else title, _detail(s, notes), _remarks(s)[:1]) for s in summaries]
@@ -152,7 +157,10 @@ def summarize(column: Column, methods: Sequence[str], meta_methods: Collection[s
     cells = {method: [cell for cell in column.cells if cell.method == method] for method in methods}
     values = {method: _numbers(cells[method], metric, 100) for method in methods}
     means = {m: statistics.fmean(v.values()) for m, v in values.items() if v and m not in meta_methods}
-    baseline = max(means, key=lambda method: means[method]) if means else None  # the first of equals
+    # Of those with most seeds; the first of equals.
+    most = max((len(values[method]) for method in means), default=0)
+    complete = [method for method in means if len(values[method]) == most]
+    baseline = max(complete, key=lambda method: means[method]) if complete else None
     entries = [
         Entry(
             method=method,
@@ -303,7 +311,7 @@ def _remarks(summary: Summary) -> list[str]:
         remarks[0] += f"; {few}{'' if few == many else f' to {many}'} seed{'s' * (many != 1)} in common with it."
         remarks.append(
             "Δ: mean difference to the best baseline in points, paired by seed; p: two-sided paired t-test, not "
-            "corrected for the number of methods."
+            "corrected for the number of methods, nor for the choice of the best baseline by the same numbers."
         )
         if few < 10:
             remarks.append(
@@ -311,6 +319,9 @@ def _remarks(summary: Summary) -> list[str]:
             )
     else:
         remarks[0] += "."
+    if summary.metric == "test_accuracy_best":
+        remarks.append("Of epochs with the same validation accuracy the first counts.")
+    remarks.append("Seconds are those of trainings that may have run side by side.")
     if any(entry.published for entry in summary.entries):
         remarks.append(
             "Published: the paper's Table 1 (arXiv 1905.05901), three runs, as transcribed; compare with the paper "
@@ -418,3 +429,35 @@ def _csv(fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+Problems = dict[str, dict[str, str]]  # method: {seed: why there is no result}
+
+
+def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column:
+    """The column of a table that a run, in `folder`, is."""
+    cells: list[Cell] = []
+    curves: dict[str, list[Any]] = {}
+    for method in config.method or ():
+        for seed in config.seeds or ():
+            path = folder / method / f"seed-{seed}" / "result.json"
+            result = json.loads(path.read_text()) if path.exists() else None
+            why = "" if result else problems.get(method, {}).get(str(seed), "not trained yet")
+            cells.append(Cell(method, seed, result, why))
+            if result:
+                curves.setdefault(method, []).append(read_epochs(path.with_name("metrics.jsonl")))
+    limit = config.data.per_class
+    group = f"{config.data.dataset}, {config.target.target}"
+    return Column(
+        title=group if limit is None else f"{group}, {limit} per class",
+        cells=cells,
+        published=published(config),
+        curves=curves,
+        per_class=limit,
+        group=group,
+    )
+
+
+def meta_methods(methods: Sequence[str]) -> set[str]:
+    """Those that learn what or where to transfer."""
+    return {name for name in methods if find_method(name).learns_weights}

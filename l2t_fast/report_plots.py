@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from l2t_fast.plots import plot_band, save
 
 if TYPE_CHECKING:
-    from l2t_fast.tables import Entry, Summary
+    from l2t_fast.report import Entry, Summary
 
 # Baselines cold and dashed, methods that learn the transfer warm diamonds, the last of them in the red of plot_table.
 _BLUE, _RED = "#2f6f9f", "#c8202f"
