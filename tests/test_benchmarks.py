@@ -14,11 +14,25 @@ from typing import Any
 
 import pytest
 import torch
+from engines import batch, engine
 
-from benchmarks import aot, counts, floors, gate, iterations, operators, report, results, timing
+from benchmarks import (
+    aot,
+    counts,
+    floors,
+    gate,
+    iterations,
+    operators,
+    report,
+    results,
+    sensitivity,
+    side_by_side,
+    timing,
+)
 from benchmarks.cases import CASES
 from benchmarks.telemetry import THROTTLES, Telemetry
 from l2t_fast import L2T, Engine
+from l2t_fast.config import TableConfig
 from l2t_fast.errors import L2TError
 
 ROOT = Path(__file__).parents[1]
@@ -59,13 +73,13 @@ def test_gate_sees_a_second_source_pass(expected_counts: dict[str, int], monkeyp
 
 
 def test_gate_sees_more_memory(expected_counts: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, kept = L2T.target_outputs, []
+    forward, kept = L2T.all_target_outputs, []
 
     def hoarding(self: L2T, *args: Any, **options: Any) -> Any:
         kept.append(torch.zeros(expected_counts["saved_bytes"] // 40))
         return forward(self, *args, **options)
 
-    monkeypatch.setattr(L2T, "target_outputs", hoarding)
+    monkeypatch.setattr(L2T, "all_target_outputs", hoarding)
     found = _complaints(gate.engine_counts(SMALL), expected_counts)
     assert any("saved_bytes" in complaint for complaint in found)
 
@@ -340,3 +354,45 @@ def test_without_a_gpu_gpu_says_what_to_do(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu"])
     assert command.main() == 2
     assert "there is no GPU here" in capsys.readouterr().err
+
+
+# What a meta-gradient carries, and trainings side by side
+
+
+def test_sensitivity_finds_dead_pairs_and_the_share_of_the_matching_loss() -> None:
+    of = engine(lr=0.02)
+    with torch.no_grad():
+        of.learner.where[0].bias.fill_(-1e3)  # λ = 0 on every image
+        of.learner.where[1].bias.fill_(1e3)  # λ = 6
+    row = sensitivity.measure(of, [batch(i) for i in range(3)])
+    assert row["dead"] == pytest.approx(2 / 15)
+    assert row["pair_weights"][:2] == [0, 6]
+    assert -1 <= row["cosine"] <= 1
+    assert row["noise"] > 0
+    assert 0 < row["share"] < 1
+    of.beta *= 10
+    assert sensitivity.measure(of, [batch(i) for i in range(2)])["share"] == pytest.approx(
+        10 * row["share"] / (1 + 9 * row["share"])  # the norm of the matching loss's gradient is 10 times as large
+    )
+    same = sensitivity.measure(of, [batch(0), batch(0)])
+    assert same["cosine"] == pytest.approx(1)
+
+
+def test_side_by_side_begins_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of jobs trains the same cells, in turn."""
+    seen: list[tuple[int, int, int]] = []
+
+    def run(config: TableConfig, console: object) -> None:
+        folder = config.runs / str(config.name)
+        done = len(list(folder.glob("digits-*/*/seed-*")))
+        seen.append((config.jobs or 0, config.threads or 0, done))
+        for method in config.method:
+            (folder / "digits-vgg9_bn-10" / method / "seed-0").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(side_by_side.table, "run", run)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    given = SimpleNamespace(methods=["scratch", "l2t-ww"], seeds=1, epochs=1, rounds=2, jobs=[1, 2])
+    found = list(side_by_side.rows(given, CPU))
+    assert seen == [(1, 4, 0), (1, 4, 0), (2, 2, 0), (1, 4, 0), (2, 2, 0)]
+    assert [(row["jobs"], row["round"]) for row in found] == [(1, 0), (2, 0), (1, 1), (2, 1)]
+    assert all(row["trainings_per_minute"] == pytest.approx(60 * 2 / row["seconds"]) for row in found)
