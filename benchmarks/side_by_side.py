@@ -28,7 +28,7 @@ def rows(arguments: Any, device: torch.device) -> Iterator[Row]:
 
         def run(methods: list[str], jobs: int) -> float:
             config = TableConfig(
-                name="table",
+                name=f"jobs-{jobs}",  # a table keeps its number of threads
                 runs=Path(folder),
                 method=tuple(methods),
                 seeds=tuple(range(arguments.seeds)),
@@ -41,11 +41,12 @@ def rows(arguments: Any, device: torch.device) -> Iterator[Row]:
             table.run(config, quiet)
             return perf_counter() - start
 
-        run(["fm-single"], 1)
+        for jobs in arguments.jobs:
+            run(["fm-single"], jobs)  # and with it the source
         trainings = len(arguments.methods) * arguments.seeds
         for i in range(arguments.rounds):
             for jobs in arguments.jobs:
-                for cell in Path(folder).glob("table/digits-*/*/seed-*"):
+                for cell in Path(folder).glob(f"jobs-{jobs}/digits-*/*/seed-*"):
                     shutil.rmtree(cell)
                 seconds = run(arguments.methods, jobs)
                 yield {

@@ -393,6 +393,6 @@ def test_side_by_side_begins_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     given = SimpleNamespace(methods=["scratch", "l2t-ww"], seeds=1, epochs=1, rounds=2, jobs=[1, 2])
     found = list(side_by_side.rows(given, CPU))
-    assert seen == [(1, 4, 0), (1, 4, 0), (2, 2, 0), (1, 4, 0), (2, 2, 0)]
+    assert seen == [(1, 4, 0), (2, 2, 0), (1, 4, 0), (2, 2, 0), (1, 4, 0), (2, 2, 0)]  # sources, then two rounds
     assert [(row["jobs"], row["round"]) for row in found] == [(1, 0), (2, 0), (1, 1), (2, 1)]
     assert all(row["trainings_per_minute"] == pytest.approx(60 * 2 / row["seconds"]) for row in found)
