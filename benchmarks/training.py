@@ -69,15 +69,11 @@ def learner(method: str, case: Case, data: Data, weights: Path | None, device: t
             load_weights(sources[0], weights)
     if chosen.start is not None:
         chosen.start(target, sources)
-    return target, L2T(
+    return target, chosen.learner(
         sources,
         target,
         source_layers=[default_layers(case.source, source) for source in sources],
         target_layers=default_layers(case.target, target),
-        pairs=chosen.pairs or [],
-        what=chosen.what,
-        where=chosen.where,
-        terms=chosen.make_terms(),
         example=example,
     )
 

@@ -217,15 +217,12 @@ def make_learner(
     start = method.start(target, sources) if method.start is not None else ""
     if method.pairs is None and not method.terms:
         return target, _plain_learner(target, data, device), start
-    learner = L2T(
+    learner = method.learner(
         sources,
         target,
         source_layers=_source_layers(config, sources),
         target_layers=part.target_layers or default_layers(part.target, target),
-        pairs=method.pairs or [],
-        what=method.what,
-        where=method.where if method.where == "fixed" else config.optim.where,
-        terms=method.make_terms(),
+        where=config.optim.where,
         example=torch.zeros(2, *data.image_shape, device=device),
     )
     return target, learner, start

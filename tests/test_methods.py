@@ -43,15 +43,11 @@ def learner(name: str, sources: Sequence[str] = ("resnet8",), settings: Sequence
     method, (teachers, target) = find_method(name, settings), networks(sources, **options)
     if not method.uses_sources:
         teachers = []
-    return L2T(
+    return method.learner(
         teachers,
         target,
         source_layers=[LAYERS[s] for s in sources] if teachers else [],
         target_layers=TARGET_LAYERS,
-        pairs=method.pairs or [],
-        what=method.what,
-        where=method.where,
-        terms=method.make_terms(),
         example=torch.zeros(2, 3, 32, 32).to(next(target.parameters())),
     )
 

@@ -13,10 +13,15 @@ from l2t_fast.taps import Outputs
 from l2t_fast.terms import Networks, Term
 
 
-def attention(feature: Tensor) -> Tensor:
-    """Q [B, HW] of a feature [B, C, H, W]: the mean square over the channels, each image's normalised to length 1."""
+def activation_map(feature: Tensor) -> Tensor:
+    """A [B, HW] of a feature [B, C, H, W]: the mean square over the channels."""
     wide = feature.float() if feature.dtype == torch.bfloat16 else feature
-    return F.normalize(wide.square().mean(1).flatten(1), dim=1)
+    return wide.square().mean(1).flatten(1)
+
+
+def attention(feature: Tensor) -> Tensor:
+    """Q [B, HW] of a feature [B, C, H, W]: each image's activation map, normalised to length 1."""
+    return F.normalize(activation_map(feature), dim=1)
 
 
 class Attention(Term):

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from l2t_fast.pairs import PairRule
 from l2t_fast.terms import MakeTerm, Term
-from l2t_fast.transfer import What, Where
+from l2t_fast.transfer import L2T, What, Where
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,33 @@ class Method:
     def learns_weights(self) -> bool:
         """Whether there are meta-parameters φ."""
         return self.pairs is not None and (self.what == "softmax" or self.where != "fixed")
+
+    def learner(
+        self,
+        sources: Sequence[nn.Module],
+        target: nn.Module,
+        *,
+        source_layers: Sequence[Sequence[str]],
+        target_layers: Sequence[str],
+        where: Where = "relu6",
+        example: Tensor,
+    ) -> L2T:
+        """The learner of this method; `where` are the pair weights of a method that learns them.
+
+        Raises:
+            L2TError: see `L2T`; UnfitError where these networks do not suit the method.
+        """
+        return L2T(
+            sources,
+            target,
+            source_layers=source_layers,
+            target_layers=target_layers,
+            pairs=self.pairs or [],
+            what=self.what,
+            where="fixed" if self.where == "fixed" else where,
+            terms=self.make_terms(),
+            example=example,
+        )
 
     def make_terms(self) -> list[MakeTerm]:
         """What `L2T` makes the terms of."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l2t_fast.methods.attention import activation_map
 from l2t_fast.methods.base import Method
 from l2t_fast.pairs import resolve_pairs
 from l2t_fast.taps import Outputs
@@ -34,7 +35,7 @@ class Jacobian(Term):
         """For each source: positions i [B, 1], normalised J_s [B, C·H·W]."""
         given: list[Tensor] = []
         for s, m, _ in self.pairs:
-            place = _map(sources[s].features[m]).argmax(1, keepdim=True)  # [B, 1]
+            place = activation_map(sources[s].features[m]).argmax(1, keepdim=True)  # [B, 1]
             given += [place, _jacobian(partial(run, s), m, x, place)]
         return given
 
@@ -45,15 +46,9 @@ class Jacobian(Term):
         return self.weight * value
 
 
-def _map(feature: Tensor) -> Tensor:
-    """A [B, HW]."""
-    wide = feature.float() if feature.dtype == torch.bfloat16 else feature
-    return wide.square().mean(1).flatten(1)
-
-
 def _jacobian(run: Callable[[Tensor], Outputs], layer: int, x: Tensor, place: Tensor) -> Tensor:
     """J/‖J‖ [B, C·H·W] of A at `place` [B, 1]."""
-    J = torch.func.grad(lambda z: _map(run(z).features[layer]).gather(1, place).sum())(x)
+    J = torch.func.grad(lambda z: activation_map(run(z).features[layer]).gather(1, place).sum())(x)
     return F.normalize((J.float() if J.dtype == torch.bfloat16 else J).flatten(1), dim=1)
 
 
