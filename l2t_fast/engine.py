@@ -200,8 +200,7 @@ class Engine:
             Metrics on the device, without waiting for it: "loss" (L_org before the real step), "accuracy" (a fraction
             of the batch) and, with pairs, "matching_loss" (L_wfm), "pair_losses" [P] (its terms),
             "pair_weights" [P] (λ, batch mean) and, with meta-parameters, "meta_loss" (L_meta); of each term its value,
-            "NAME_loss". Where graphs are
-            captured they are views that are written anew `capture.ROWS` iterations later.
+            "NAME_loss". Where graphs are captured they are views that are written anew `capture.ROWS` iterations later.
 
         Raises:
             L2TError: x and y do not fit each other or the learner, a label outside the classes (labels on a GPU are

@@ -141,10 +141,13 @@ def _check_folder(folder: Path, config: TrainConfig, device: torch.device) -> No
             saved = load_config(place / "config.json")
             ours = config if place == column else dataclasses.replace(config, target=saved.target)
             check_same(ours, saved, saved, what, (*ELSEWHERE, *free))
-            inputs = json.loads((place / "inputs.json").read_text())
-            for name, print_ in cells.fingerprints(ours).items():
-                if place == column and inputs.get(name, print_) != print_:
-                    raise L2TError(f"{what} was made with another --{name}: put that back, or give another --name.")
+    if (column / "inputs.json").exists():
+        inputs = json.loads((column / "inputs.json").read_text())
+        for name, print_ in cells.fingerprints(config).items():
+            if inputs.get(name, print_) != print_:
+                raise L2TError(
+                    f"column {config.name} was made with another --{name}: put that back, or give another --name."
+                )
 
 
 def _write_settings(folder: Path, config: TrainConfig) -> None:
@@ -163,8 +166,9 @@ def _write_settings(folder: Path, config: TrainConfig) -> None:
                 method=_ordered([*(saved.method or ()), *(config.method or ())], list(METHODS)),
                 seeds=tuple(sorted({*(saved.seeds or ()), *(config.seeds or ())})),
             )
-        save_text(place / "inputs.json", json.dumps(cells.fingerprints(full), indent=2) + "\n")
         save_config(full, path)
+        if place == column:
+            save_text(column / "inputs.json", json.dumps(cells.fingerprints(full), indent=2) + "\n")
 
 
 def _write_problems(column: Path, config: TrainConfig, found: Problems) -> None:
