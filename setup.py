@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 DIGITS = ["scikit-learn>=1.4"]
+KERNELS = ["l2t_fast.kernels", *(f"l2t_fast.kernels.{name}" for name in find_packages("kernels"))]
 
 setup(
     name="l2t-fast",
@@ -14,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["l2t_fast", "l2t_fast.methods", "l2t_fast.kernels"],
+    packages=[*find_packages(include=["l2t_fast*"]), *KERNELS],
     package_dir={"l2t_fast.kernels": "kernels"},
     package_data={"l2t_fast": ["py.typed"]},
     install_requires=[

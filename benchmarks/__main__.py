@@ -7,7 +7,7 @@
     report [FILE]   Markdown and pictures of a results file (default: the latest); --readme also writes the README's
 
 Every stage is a process of its own with a time limit, and rows are in the file before the next is measured: whatever
-is killed, what was measured stays. Single stages: `python -m benchmarks.operators` (also `--tune`), `.parts`,
+is killed, what was measured stays. Single stages: `python -m benchmarks.suites.operators` (also `--tune`), `.parts`,
 `.iterations`, `.breakdown`, `.training`, `.aot`.
 """
 
@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks import report, results
+from benchmarks import rows as results
 from benchmarks.cases import CASES
-from benchmarks.results import say
+from benchmarks.report import markdown as report
+from benchmarks.rows import say
 from l2t_fast.errors import L2TError
 
 ROOT = Path(__file__).parents[1]
@@ -45,11 +46,11 @@ class Stage:
 
     @property
     def name(self) -> str:
-        return " ".join([self.module.removeprefix("benchmarks."), *self.arguments])
+        return " ".join([self.module.removeprefix("benchmarks.suites."), *self.arguments])
 
 
 def benchmark(limit: float, module: str, *arguments: str) -> Stage:
-    return Stage(f"benchmarks.{module}", arguments, limit)
+    return Stage(f"benchmarks.suites.{module}", arguments, limit)
 
 
 def quick_stages() -> list[Stage]:
@@ -58,7 +59,7 @@ def quick_stages() -> list[Stage]:
     few = ("--methods", "scratch", "lwf+at", "fm-one-to-one", "l2t-w-single", "l2t-w-one-to-one", "l2t-ww")
     return [
         benchmark(15, "operators", "--cases", "tiny", "--precisions", "fp32", "--no-compile", "--rounds", "7"),
-        benchmark(25, "parts", "--cases", "tiny", "--batch", "12", "--rounds", "7"),
+        benchmark(25, "steps", "--cases", "tiny", "--batch", "12", "--rounds", "7"),
         benchmark(130, "iterations", "--cases", "cifar", "--batch", "8", "--rounds", "3"),
         benchmark(75, "iterations", "--cases", "tiny", "--batch", "12", "--rounds", "5", "--others", *QUICK_SWEEP),
         benchmark(20, "breakdown", "--cases", "tiny", "--batch", "12"),
@@ -69,7 +70,7 @@ def quick_stages() -> list[Stage]:
 def stages(cases: list[str]) -> list[Stage]:
     return [
         benchmark(1200, "operators", "--cases", *cases),
-        benchmark(1200, "parts", "--cases", *cases),
+        benchmark(1200, "steps", "--cases", *cases),
         benchmark(3600, "iterations", "--cases", *cases, "--others", *SWEEP),
         benchmark(600, "breakdown", "--cases", *cases),
         benchmark(3600, "training"),
@@ -85,7 +86,7 @@ def gpu_stages() -> list[Stage]:
         benchmark(100, "iterations", "--cases", "imagenet", *both, "--rounds", "5"),
         benchmark(90, "operators", "--limit", "70", "--compile-seconds", "30"),
         benchmark(40, "breakdown", "--cases", "cifar", "imagenet", "--modes", "eager", "graph"),
-        benchmark(30, "parts", "--cases", "cifar", "--rounds", "7"),
+        benchmark(30, "steps", "--cases", "cifar", "--rounds", "7"),
         benchmark(30, "training", "--epochs", "3", "--methods", "scratch", "l2t-ww"),
         benchmark(70, "iterations", "--cases", "cifar", "--modes", "compile", "--rounds", "5"),
     ]
@@ -150,7 +151,7 @@ def main() -> int:
 def perform(arguments: argparse.Namespace) -> int:
     """Carries out one command; the exit code."""
     if arguments.command == "gate":
-        from benchmarks import gate
+        from benchmarks.suites import gate
 
         return gate.run(arguments.update)
     if arguments.command == "compare":
@@ -181,7 +182,7 @@ def perform(arguments: argparse.Namespace) -> int:
 
 def _with_data(stage: Stage, arguments: argparse.Namespace) -> Stage:
     """The stage with what lies somewhere on this machine."""
-    wanted = {"benchmarks.iterations": "official", "benchmarks.training": "data_root"}.get(stage.module)
+    wanted = {"benchmarks.suites.iterations": "official", "benchmarks.suites.training": "data_root"}.get(stage.module)
     where = getattr(arguments, wanted) if wanted else None
     if where is None or wanted is None:
         return stage

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import timing
 from benchmarks.cases import CASES, Case
-from benchmarks.iterations import Judge
+from benchmarks.measure import timing
+from benchmarks.suites.iterations import Judge
 
 CUDA = torch.cuda.is_available()
 

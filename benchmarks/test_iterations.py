@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import iterations, parts
 from benchmarks.cases import Case
-from benchmarks.iterations import Judge, Way
+from benchmarks.suites import iterations
+from benchmarks.suites import steps as parts
+from benchmarks.suites.iterations import Judge, Way
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import floors, operators
-from l2t_fast.kernels import torch_impl
+from benchmarks.measure import floors
+from benchmarks.suites import operators
+from l2t_fast.kernels.matching import aten as torch_impl
 
 CUDA = torch.cuda.is_available()
 CASES = ["cifar", "imagenet", "four-source"] if CUDA else ["tiny"]

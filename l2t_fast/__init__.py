@@ -5,8 +5,8 @@ engine = Engine(learner, lr=0.1)
 metrics = engine.step(x, y)
 """
 
-from l2t_fast.engine import Engine
+from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import L2TError
-from l2t_fast.transfer import L2T
+from l2t_fast.learner.learner import L2T
 
 __all__ = ["L2T", "Engine", "L2TError"]

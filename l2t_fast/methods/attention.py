@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l2t_fast.learner.pairs import resolve_pairs
+from l2t_fast.learner.taps import Outputs
+from l2t_fast.learner.terms import Networks, Term
 from l2t_fast.methods.base import Method
 from l2t_fast.methods.lwf import LwF
-from l2t_fast.pairs import resolve_pairs
-from l2t_fast.taps import Outputs
-from l2t_fast.terms import Networks, Term
 
 
 def activation_map(feature: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from l2t_fast.pairs import PairRule
-from l2t_fast.terms import MakeTerm, Term
-from l2t_fast.transfer import L2T, What, Where
+from l2t_fast.learner.learner import L2T, What, Where
+from l2t_fast.learner.pairs import PairRule
+from l2t_fast.learner.terms import MakeTerm, Term
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class Method:
 
     The matching loss is a point of one space: which `pairs` (None: no matching loss), which channel weights (`what`)
     and pair weights (`where`). A method without learned weights has no meta-parameters, so that its iteration is the
-    real step alone. `terms` are classes of `l2t_fast.terms.Term`, whose keyword arguments are the settings of the
-    method, with the published values as defaults. `start` changes the fresh target before it is trained, and says how.
+    real step alone. `terms` are classes of `l2t_fast.learner.terms.Term`, whose keyword arguments are the settings of
+    the method, with the published values as defaults. `start` changes the fresh target before it is trained, and says
+    how.
     """
 
     cites: str

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l2t_fast.learner.pairs import resolve_pairs
+from l2t_fast.learner.taps import Outputs
+from l2t_fast.learner.terms import Networks, Term
 from l2t_fast.methods.attention import activation_map
 from l2t_fast.methods.base import Method
-from l2t_fast.pairs import resolve_pairs
-from l2t_fast.taps import Outputs
-from l2t_fast.terms import Networks, Term
 
 
 class Jacobian(Term):

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2t_fast.errors import UnfitError
+from l2t_fast.learner.taps import Outputs
+from l2t_fast.learner.terms import Networks, Term
 from l2t_fast.methods.base import Method
-from l2t_fast.taps import Outputs
-from l2t_fast.terms import Networks, Term
 
 
 class LwF(Term):

@@ -1,0 +1,265 @@
+"""Compiles every Triton kernel ahead of time, for every architecture with pinned blocks; needs no GPU.
+
+    python -m benchmarks.suites.aot            the shapes of design.md's two cases; minutes
+    python -m benchmarks.suites.aot --quick    one small case with every kind of layer; what CI runs
+
+prints a row a kernel and keeps it in `benchmarks/results/aot.jsonl` (`--output`): registers, spills and shared memory
+as the assembler reports them, and the instructions that decide the speed. Ends with an error where a rule is broken:
+each kernel must compile, not run out of registers, stay within the architecture's shared memory, use its tensor cores
+for bf16 and tf32 (wgmma on Hopper), and read what is contiguous in channels 16 bytes at a time.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from l2t_fast.kernels import launch as launching
+from l2t_fast.kernels.layers import batch_norm_triton as triton_norm
+from l2t_fast.kernels.matching import triton_launch as triton_impl
+from l2t_fast.kernels.sgd import step as sgd
+from l2t_fast.kernels.sgd import triton_kernels as triton_sgd
+
+RESULTS = Path(__file__).parents[1] / "results" / "aot.jsonl"
+
+# Target, bytes of shared memory that a program may have (CUDA programming guide; CDNA3 ISA), tensor-core instruction.
+ARCHITECTURES = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024, "mma.sync"),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024, "wgmma.mma_async"),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024, "tcgen05.mma"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
+}
+ASIDE = 32  # bytes that the assembler may put aside for more threads at a time, while it has registers left
+ARITHMETIC = {"bf16": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+RESNET = [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
+# batch, sources (C, H, W), targets (C, H, W); all pairs
+CASES = {
+    "quick": (8, [(64, 28, 28), (256, 7, 7)], [(64, 28, 28), (512, 7, 7)]),
+    "cifar": (
+        128,
+        [(16, 32, 32), (32, 16, 16), (64, 8, 8)],
+        [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)],
+    ),
+    "imagenet": (64, RESNET, RESNET),
+}
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one kernel. Instructions are counted in the code, not as executed."""
+
+    arch: str
+    case: str
+    arithmetic: str
+    layout: str
+    kernel: str
+    registers: int
+    spills: int  # bytes of a thread's stack (NVIDIA), registers (AMD)
+    shared: int  # bytes
+    tensor: int  # tensor-core instructions
+    wide: int  # 16-byte loads and asynchronous copies from global memory
+    narrow: int  # loads of single 2-byte elements
+    wide_stores: int
+
+    def broken_rules(self) -> list[str]:
+        """What is wrong with it, one sentence each."""
+        _, shared, instruction = ARCHITECTURES[self.arch]
+        channels_last = self.layout == "channels_last"
+        products = self.kernel.startswith(("position", "channel")) and self.arithmetic != "ieee"
+        # SGD goes through parameters as they lie in memory, whatever the features' layout.
+        flat, small = self.kernel.startswith("sgd"), self.kernel in ("reduction", "norm coefficients")
+        tiles = channels_last and not small and (products or self.kernel.startswith("norm"))
+        checks = {
+            f"it spills {self.spills}": self.spills > (ASIDE if self.registers < 255 else 0),
+            f"it has {self.shared} bytes of shared memory, more than {shared}": self.shared > shared,
+            f"it has no {instruction}": self.tensor == 0 and products,
+            "it has no 16-byte loads": self.wide == 0 and (flat or tiles),
+            f"it has {self.narrow} narrow loads": self.narrow > 0 and tiles,
+        }  # fmt: skip
+        return [rule for rule, broken in checks.items() if broken]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of an operator, on tensors without data."""
+
+    name: str
+    function: Any
+    arguments: dict[str, Any]  # constants included
+    options: dict[str, Any]
+
+
+def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
+    """All kernels that the operators launch, each once."""
+    dtype, precision = ARITHMETIC[arithmetic]
+    batch, sources, targets = CASES[case]
+    pairs = list(itertools.product(range(len(sources)), range(len(targets))))
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    T = [empty(batch, *shape).to(memory_format=LAYOUTS[layout]) for shape in targets]
+    S = [empty(batch, *shape).to(memory_format=LAYOUTS[layout]) for shape in sources]
+    r = [empty(sources[m][0], targets[n][0], 1, 1) for m, n in pairs]
+    bias = [empty(sources[m][0]) for m, _ in pairs]
+    a = [empty(batch, sources[m][0], dtype=torch.float32) for m, _ in pairs]
+    of = [m for m, _ in pairs], [n for _, n in pairs]
+    launched: dict[str, Kernel] = {}
+
+    def record(
+        function: Any, grid: tuple[int, ...], arguments: dict[str, Any], place: Tensor, warps: int, stages: int = 3
+    ) -> None:
+        part = function.__name__.removesuffix("_kernel")
+        if function.fn.__module__ == triton_sgd.__name__:
+            name = f"sgd {part}"
+        elif function.fn.__module__ == triton_norm.__name__:
+            name = f"norm {part}"
+        elif part == "reduction":
+            name = part
+        else:
+            words = [part, "adjoint" if arguments["ADJOINT"] else "gradient"]
+            name = " ".join([*words, *(flag.lower() for flag in ("PRODUCTS", "SUMS") if arguments.get(flag))])
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        launched[name] = Kernel(name, function, arguments, options)
+
+    with (
+        mock.patch.object(launching, "launch", record),
+        mock.patch.object(triton_impl, "device_properties", return_value=(arch, 132)),
+        mock.patch.object(triton_impl, "_precision", return_value=precision),
+        mock.patch.object(triton_norm, "_processors", return_value=132),
+    ):
+        triton_impl.matching_distances(T, S, r, bias, *of)
+        triton_impl.matching_gradient(T, S, r, bias, a, *of, True)
+        triton_impl.matching_gradient(T, S, r, bias, a, *of, False)
+        triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, True)
+        triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, False)
+        channel = empty(T[0].shape[1], dtype=torch.float32)
+        triton_norm.adjoint(T[0], channel, channel, T[0], T[0], *[channel] * 5, True)
+        theta = [empty(64, 64, 3, 3, dtype=torch.float32)] * 8
+        lr = empty(dtype=torch.float64)
+        triton_sgd.step(theta, theta, [p.to(dtype) for p in theta], lr, sgd.SGD())
+        triton_sgd.adjoint(theta, theta, [dtype] * 8, lr, sgd.SGD())
+    return list(launched.values())
+
+
+def compiled(kernel: Kernel, arch: str) -> Any:
+    """The kernel as Triton's launcher would compile it: every pointer aligned to 16 bytes."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for i, name in enumerate(kernel.function.arg_names):
+        argument = kernel.arguments[name]
+        if isinstance(argument, Tensor):
+            signature[name], attributes[i,] = POINTERS[argument.dtype], aligned
+        elif isinstance(argument, tuple) and isinstance(argument[0], Tensor):
+            signature[name] = tuple(POINTERS[t.dtype] for t in argument)
+            attributes |= {(i, j): aligned for j in range(len(argument))}
+        elif kernel.function.params[i].is_constexpr:
+            signature[name], constants[i,] = "constexpr", argument
+        else:
+            signature[name] = "i32"
+            if argument % 16 == 0:
+                attributes[i,] = aligned
+    source = ASTSource(kernel.function, signature, constants, attributes)
+    return triton.compile(source, target=ARCHITECTURES[arch][0], options=kernel.options)
+
+
+def row(arch: str, case: str, arithmetic: str, layout: str, kernel: Kernel) -> Row:
+    """Compiles a kernel and reads its resources and instructions."""
+    binary = compiled(kernel, arch)
+    count = _amd if arch.startswith("gfx") else _nvidia
+    shared, instruction = binary.metadata.shared, ARCHITECTURES[arch][2]
+    return Row(arch, case, arithmetic, layout, kernel.name, shared=shared, **count(binary.asm, instruction))
+
+
+def _nvidia(asm: dict[str, Any], instruction: str) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    ptx = asm["ptx"]
+    copies = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+),", ptx)]
+    return {
+        "registers": int(registers),
+        "spills": int(stack),
+        "tensor": ptx.count(instruction),
+        "wide": copies.count(16) + len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "narrow": len(re.findall(r"ld\.global\S*\.b16", ptx)),
+        "wide_stores": len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+    }
+
+
+def _amd(asm: dict[str, Any], instruction: str) -> dict[str, int]:
+    code = asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))  # type: ignore[union-attr]
+
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count"),
+        "tensor": code.count(instruction),
+        "wide": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+        "narrow": len(re.findall(r"(?:global|buffer)_load_(?:ushort|short)", code)),
+        "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
+    }
+
+
+def rows(job: tuple[str, str, str, str]) -> list[Row]:
+    """All rows of one (arch, case, arithmetic, layout)."""
+    arch, case, arithmetic, layout = job
+    return [row(*job, kernel) for kernel in kernels(case, arithmetic, layout, arch)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile all Triton kernels ahead of time and check them.")
+    parser.add_argument("--quick", action="store_true", help="one small case instead of design.md's two")
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument(
+        "--output", type=Path, help="where the rows go (default: kept in benchmarks/results, not if quick)"
+    )
+    options = parser.parse_args(arguments)
+    kinds = list(itertools.product(ARITHMETIC, LAYOUTS))
+    cases = ["quick"] if options.quick else ["cifar", "imagenet"]
+    jobs = [(arch, case, *kind) for arch in options.arch for case in cases for kind in kinds]
+    output = options.output or (None if options.quick else RESULTS)
+    lines, broken = [], 0
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        for result in itertools.chain.from_iterable(pool.map(rows, jobs)):
+            rules = result.broken_rules()
+            broken += bool(rules)
+            lines.append(json.dumps({**asdict(result), "triton": triton.__version__, "torch": torch.__version__}))
+            print(
+                f"{result.arch:7}{result.case:9}{result.arithmetic:5}{result.layout:14}{result.kernel:32}"
+                f"{result.registers:4} registers {result.spills:4} spilled {result.shared // 1024:4} KiB shared "
+                f"{result.tensor:4} tensor {result.wide:4} wide {result.narrow:4} narrow  {'; '.join(rules)}",
+                flush=True,
+            )
+    if output is not None:
+        output.write_text("\n".join(lines) + "\n")
+    print(f"{len(lines)} kernels, {broken} with a broken rule")
+    return broken > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

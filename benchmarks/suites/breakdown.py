@@ -1,0 +1,128 @@
+"""Where the time of an iteration goes, by family of kernels: `python -m benchmarks.suites.breakdown`.
+
+On a GPU by the kernels that ran, with the fraction of wall time that some kernel ran, host synchronisations and
+launches; on a CPU by the operations, where what a registered operator calls belongs to it.
+"""
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import cases
+from benchmarks import rows as results
+from benchmarks.cases import Case
+from benchmarks.rows import Row, say, unavailable
+from benchmarks.suites.iterations import CUDA_WARM_UP, MODES, REFERENCE, Way, contender
+from l2t_fast.engine.engine import Mode
+
+STEPS = 2  # that are profiled
+
+# The first family whose pattern is found in the name of a kernel or operation.
+FAMILIES = {
+    "matching": r"l2t::matching|position_kernel|channel_kernel|reduction_kernel",
+    "optimizer": r"l2t::sgd|_foreach_|_fused_adam|multi_tensor_apply|Optimizer",
+    "normalisation": r"batch_?norm|bn_fw|bn_bw|::bn|welford",
+    "pooling": r"max_pool|avg_pool|pooling|MaxPool|AvgPool",
+    "convolution": r"conv|cudnn|implicit_gemm|xmma|cutlass|wgrad|dgrad|fprop|nchwToNhwc|nhwcToNchw|mkldnn",
+}
+SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+
+
+@functools.cache
+def family(name: str) -> str:
+    """Of a kernel or an operation."""
+    return next((family for family, pattern in FAMILIES.items() if re.search(pattern, name, re.IGNORECASE)), "rest")
+
+
+def busy(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union."""
+    total, end = 0.0, float("-inf")
+    for begin, stop in sorted(intervals):
+        total += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return total
+
+
+def breakdown(call: Callable[[], Any], device: torch.device) -> Row:
+    """Profiles a few calls; all numbers are of one."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiled:
+        for _ in range(STEPS):
+            call()
+        if cuda:
+            torch.cuda.synchronize(device)
+    events = list(profiled.events() or ())
+    microseconds: dict[str, float] = defaultdict(float)
+    if not cuda:
+        for event in events:
+            microseconds[_family_of_operation(event)] += event.self_cpu_time_total
+        return {"family_ms": {name: t / STEPS / 1e3 for name, t in microseconds.items()}}
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and event.name != "Context Sync"]
+    for kernel in kernels:
+        microseconds[family(kernel.name)] += kernel.time_range.elapsed_us()
+    spans = [(kernel.time_range.start, kernel.time_range.end) for kernel in kernels]
+    wall = max(end for _, end in spans) - min(start for start, _ in spans)
+    host = [event.name for event in events if event.device_type == DeviceType.CPU]
+    return {
+        "family_ms": {name: t / STEPS / 1e3 for name, t in microseconds.items()},
+        "busy_fraction": busy(spans) / wall,
+        # The last synchronisation is the profiler's own.
+        "host_synchronisations": (sum(name in SYNCHRONISATIONS for name in host) - 1) / STEPS,
+        "launches": sum(name in LAUNCHES for name in host) / STEPS,
+        "kernels": len(kernels) / STEPS,
+    }
+
+
+def _family_of_operation(event: Any) -> str:
+    """That of the outermost operation which has one: what `l2t::matching_gradient` calls is matching."""
+    found = "rest"
+    while event is not None:
+        found, event = (family(event.name) if family(event.name) != "rest" else found), event.cpu_parent
+    return found
+
+
+def breakdown_row(case: Case, way: Way, device: torch.device) -> Row:
+    """Of one way to run an iteration."""
+    row: Row = {"kind": "breakdown", "case": case.name, "batch": case.batch, **asdict(way)}
+    try:
+        one = contender(way, case, case.warm_state(device), device, False, None)
+        call = functools.partial(one.step, *case.images(0, device, torch.float32))
+        for _ in range(CUDA_WARM_UP if device.type == "cuda" else 1):
+            call()
+        return row | breakdown(call, device)
+    except Exception as error:  # one way's failure is its row
+        return unavailable(row, error)
+
+
+def show(row: Row) -> None:
+    """One line of the table."""
+    title = f"{row['case']} {row['by']} {row['mode']} {row['precision']}"
+    if "unavailable" in row:
+        return say(f"{title}: {row['unavailable']}")
+    return say(title, [f"{name} {ms:.1f}" for name, ms in sorted(row["family_ms"].items(), key=lambda kv: -kv[1])])
+
+
+def main() -> None:
+    parser = results.parser(__doc__)
+    cases.add_arguments(parser)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the engine, on a GPU")
+    arguments = parser.parse_args()
+    device = results.device(arguments)
+    results.start("breakdown", arguments, device)
+    modes: list[Mode] = arguments.modes if device.type == "cuda" else ["eager"]
+    ways = [REFERENCE, *(Way(mode=mode) for mode in modes)]
+    chosen = cases.selected(arguments)
+    results.write(arguments.output, (breakdown_row(case, way, device) for case in chosen for way in ways), show)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""How much of the meta-gradient is signal, along a training: `python -m benchmarks.suites.sensitivity`.
+
+At several iterations of L2T-ww, in float64, on batches of the training images:
+
+- noise: how far the meta-gradient moves, relative to its length, when the images move by 1e-6 of their scale: kinks of
+  ReLU and max-pool make it chaotic at a fresh target;
+- agreement: the mean cosine of the meta-gradients of different batches at the same θ and φ, and its signal-to-noise
+  ratio |mean|/std: a meta-learner can only follow what they have in common;
+- dead: the fraction of pairs whose λ is 0 (or 6) on every image, where relu6 passes no gradient on;
+- share: the part of the real step's gradient that is the matching loss's, |∇L_wfm|/(|∇L_wfm| + |∇L_org|) on the target.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import rows as results
+from benchmarks.rows import Row, say
+from l2t_fast import L2T, Engine
+from l2t_fast.data.images import DataConfig, load_data
+from l2t_fast.engine import inner_step as inner
+from l2t_fast.engine.inner_step import Batch
+from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
+
+_NOISE = 1e-6
+_BATCHES = 4  # at which meta-gradients are compared
+
+
+def rows(arguments: Any, device: torch.device) -> Iterator[Row]:
+    """A row for each of the iterations asked for."""
+    config = DataConfig(arguments.dataset, data_root=arguments.data_root, per_class=arguments.per_class)
+    data = load_data(config, arguments.seed)
+    source = build_model("resnet32", checkpoint_classes(arguments.source_weights))
+    load_weights(source, arguments.source_weights)
+    torch.manual_seed(arguments.seed)
+    target = build_model("vgg9_bn", data.num_classes, arguments.width)
+    learner = L2T(
+        source.double().to(device),
+        target.double().to(device),
+        source_layers=default_layers("resnet32", source),
+        target_layers=default_layers("vgg9_bn", target),
+        where=arguments.where,
+        example=torch.zeros(2, *data.image_shape, dtype=torch.float64, device=device),
+    )
+    engine = Engine(learner, lr=arguments.lr, meta_lr=arguments.meta_lr, beta=arguments.beta, mode="eager")
+    batches = [(x.double().to(device), y.to(device)) for epoch in range(2) for x, y in _epoch(data.train, epoch)]
+    done = 0
+    for wanted in sorted(arguments.iterations):
+        for i in range(done, wanted):
+            engine.step(*batches[i % len(batches)])
+        done = wanted
+        yield {"kind": "sensitivity", "iteration": done, "where": arguments.where, "beta": arguments.beta} | measure(
+            engine, batches[:_BATCHES]
+        )
+
+
+def _epoch(images: Any, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from images.batches(50, seed=0, epoch=epoch)
+
+
+def measure(engine: Engine, batches: list[tuple[Tensor, Tensor]]) -> Row:
+    """The four numbers, at the engine's present state."""
+    learner = engine.learner
+    grads = torch.stack([_flat(engine.meta_gradient(*batch)) for batch in batches])  # [batches, φ]
+    x, y = batches[0]
+    generator = torch.Generator().manual_seed(0)
+    moved = x + _NOISE * x.std() * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    noise = (_flat(engine.meta_gradient(moved, y)) - grads[0]).norm() / grads[0].norm()
+    units = grads / grads.norm(dim=1, keepdim=True)
+    cosines = (units @ units.T)[~torch.eye(len(units), dtype=torch.bool)]
+    with torch.no_grad():
+        S = learner.source_features(x)
+        lam = torch.stack(learner.weights(S)[1])  # [P, B]
+        dead = ((lam == 0).all(1) | (lam == 6).all(1)).double().mean()
+        theta = inner.parameters(learner)
+        batch = Batch(x, y, *learner.matching_sources(S, learner.resizes(x)), learner.cotangents(S, engine.beta)[0])
+        parts = [
+            torch.cat(
+                [g.flatten() for n, g in inner.gradient(learner, theta, batch, **which).theta.items() if "target" in n]
+            )
+            for which in ({"task": True, "matching": False}, {"task": False, "matching": True})
+        ]
+    return {
+        "noise": noise.item(),
+        "cosine": cosines.mean().item(),
+        "signal_to_noise": (grads.mean(0).norm() / grads.var(0).sum().sqrt()).item(),
+        "dead": dead.item(),
+        "share": (parts[1].norm() / (parts[0].norm() + parts[1].norm())).item(),
+        "pair_weights": lam.mean(1).tolist(),
+    }
+
+
+def _flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def show(row: Row) -> None:
+    """One line of the table."""
+    names = ("noise", "cosine", "signal_to_noise", "dead", "share")
+    say(f"iteration {row['iteration']}", [f"{name} {row[name]:.2g}" for name in names])
+
+
+def main() -> None:
+    parser = results.parser(__doc__)
+    parser.add_argument("--dataset", default="fashion-mnist")
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--source-weights", type=Path, required=True, help="a checkpoint of a ResNet32")
+    parser.add_argument("--per-class", type=int, default=50)
+    parser.add_argument("--width", type=float, default=0.125, help="of the VGG9-bn")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--meta-lr", type=float, default=0.01)
+    parser.add_argument("--where", default="relu6")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--iterations", type=int, nargs="+", default=[0, 5, 20, 60])
+    arguments = parser.parse_args()
+    device = results.device(arguments)
+    results.start("sensitivity", arguments, device)
+    results.write(arguments.output, rows(arguments, device), show)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Layers with their second order written out."""

@@ -1,0 +1,1 @@
+"""The matching loss of all pairs: its gradient, and the adjoint of that."""

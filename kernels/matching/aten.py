@@ -1,0 +1,158 @@
+"""The two operators in ATen: the CPU path, and the oracle of every other implementation.
+
+Formulas (design notes: CONTRIBUTING.md). Per pair p = (m, n), with T = T^n [B, C_t, H, W], S = R(S^m) [B, C_s, H, W]:
+
+    d = r T + bias − S                 E_bc = (1/HW) Σ_ij d²             G = k a d,  k = 2/HW
+    g_T = rᵀ G (summed over the pairs of a target layer),   g_r = Σ_b G Tᵀ,   g_bias = Σ G
+
+All pairs of a target layer are stacked along C_s, so that every product below is one batched GEMM a layer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize(source: Tensor, size: Sequence[int]) -> Tensor:
+    """R(S): bilinear resize of a source feature to the target feature's H x W, where they differ."""
+    if source.shape[-2:] == tuple(size):
+        return source
+    return F.interpolate(source, size=list(size), mode="bilinear", align_corners=False)
+
+
+def matching_distances(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    source_of: Sequence[int],
+    target_of: Sequence[int],
+) -> list[Tensor]:
+    """E; see `matching.ops.matching_distances`."""
+    E: list[Tensor] = [w.new_empty(0) for w in weights]
+    for n, feature in enumerate(targets):
+        group = [p for p, t in enumerate(target_of) if t == n]
+        if group:
+            d = _difference(feature, weights, sources, biases, source_of, group)
+            _scatter(E, group, d.square().mean(2).split([weights[p].shape[0] for p in group], 1), weights)
+    return E
+
+
+def matching_gradient(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    source_of: Sequence[int],
+    target_of: Sequence[int],
+    distances: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """(E, g_T, g_r, g_bias); see `matching.ops.matching_gradient`."""
+    channels = [w.shape[0] for w in weights]
+    E: list[Tensor] = [w.new_empty(0) for w in weights] if distances else []
+    g_r: list[Tensor] = [w.new_empty(0) for w in weights]
+    g_bias: list[Tensor] = [w.new_empty(0) for w in weights]
+    g_T: list[Tensor] = []
+    for n, feature in enumerate(targets):
+        group = [p for p, t in enumerate(target_of) if t == n]
+        if not group:
+            g_T.append(torch.zeros_like(feature))
+            continue
+        split = [channels[p] for p in group]
+        T = feature.flatten(2)  # [B, C_t, HW]
+        r = _stacked(weights, group, T)  # [B, ΣC_s, C_t]
+        d = _difference(feature, weights, sources, biases, source_of, group)  # [B, ΣC_s, HW]
+        if distances:
+            _scatter(E, group, d.square().mean(2).split(split, 1), cotangents)
+        G = d.mul_(_scaled(cotangents, group, T.shape[2]))
+        _scatter(g_r, group, torch.bmm(G, T.mT).sum(0)[:, :, None, None].split(split), weights)
+        _scatter(g_bias, group, G.sum((0, 2)).split(split), biases)
+        g_T.append(_like(torch.bmm(r.mT, G), feature))
+    return E, g_T, g_r, g_bias
+
+
+def matching_adjoint(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    u_targets: Sequence[Tensor],
+    u_weights: Sequence[Tensor],
+    u_biases: Sequence[Tensor],
+    source_of: Sequence[int],
+    target_of: Sequence[int],
+    primal: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """(v_T, v_r, v_bias, v_a); see `matching.ops.matching_adjoint`.
+
+    H = r u_T + u_r T + u_bias;  v_T = rᵀ(k a H) + u_rᵀ G;  v_r = Σ_b (k a H) Tᵀ + G u_Tᵀ;
+    v_bias = Σ k a H;  v_a = k Σ_ij d H.
+    """
+    channels = [w.shape[0] for w in weights]
+    v_r: list[Tensor] = [w.new_empty(0) for w in weights] if primal else []
+    v_bias: list[Tensor] = [w.new_empty(0) for w in weights] if primal else []
+    v_a: list[Tensor] = [a.new_zeros(a.shape) for a in cotangents]
+    v_T: list[Tensor] = []
+    for n, (feature, u_feature) in enumerate(zip(targets, u_targets, strict=True)):
+        group = [p for p, t in enumerate(target_of) if t == n]
+        if not group:
+            if primal:
+                v_T.append(torch.zeros_like(feature))
+            continue
+        split = [channels[p] for p in group]
+        T, u_T = feature.flatten(2), u_feature.flatten(2)  # [B, C_t, HW]
+        area = T.shape[2]
+        r, u_r = _stacked(weights, group, T), _stacked(u_weights, group, T)  # [B, ΣC_s, C_t]
+        u_bias = torch.cat([u_biases[p] for p in group]).to(T.dtype)  # [ΣC_s]
+        d = _difference(feature, weights, sources, biases, source_of, group)  # [B, ΣC_s, HW]
+        H = torch.baddbmm(u_bias[None, :, None], r, u_T).baddbmm_(u_r, T)  # [B, ΣC_s, HW]
+        _scatter(v_a, group, (d * H).sum(2).mul_(2 / area).split(split, 1), cotangents)
+        if not primal:
+            continue
+        ka = _scaled(cotangents, group, area)  # [B, ΣC_s, 1]
+        kaH, G = H.mul_(ka), d.mul_(ka)
+        v_weight = torch.bmm(kaH, T.mT).baddbmm_(G, u_T.mT).sum(0)  # [ΣC_s, C_t]
+        _scatter(v_r, group, v_weight[:, :, None, None].split(split), weights)
+        _scatter(v_bias, group, kaH.sum((0, 2)).split(split), biases)
+        v_T.append(_like(torch.bmm(r.mT, kaH).baddbmm_(u_r.mT, G), feature))
+    return v_T, v_r, v_bias, v_a
+
+
+def _difference(
+    feature: Tensor,
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    source_of: Sequence[int],
+    group: Sequence[int],
+) -> Tensor:
+    """d = r T + bias − R(S) of the pairs in `group`, stacked along channels: [B, ΣC_s, HW]."""
+    T, size = feature.flatten(2), feature.shape[-2:]
+    S = [resize(sources[source_of[p]], size) - biases[p].to(T.dtype)[None, :, None, None] for p in group]
+    return torch.cat(S, 1).flatten(2).baddbmm_(_stacked(weights, group, T), T, beta=-1)
+
+
+def _stacked(weights: Sequence[Tensor], group: Sequence[int], T: Tensor) -> Tensor:
+    """The projections r of the pairs in `group`, stacked along C_s and shared by the batch: [B, ΣC_s, C_t]."""
+    return torch.cat([weights[p].flatten(1) for p in group]).to(T.dtype).expand(T.shape[0], -1, -1)
+
+
+def _scaled(cotangents: Sequence[Tensor], group: Sequence[int], area: int) -> Tensor:
+    """k a of the pairs in `group`, k = 2/HW: [B, ΣC_s, 1]."""
+    return torch.cat([cotangents[p] for p in group], 1).mul_(2 / area).unsqueeze(2)
+
+
+def _scatter(into: list[Tensor], group: Sequence[int], values: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+    """Own copies, because the outputs of an operator must not share storage, in the dtype of `like`."""
+    for p, value in zip(group, values, strict=True):
+        into[p] = value.to(like[p].dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _like(flat: Tensor, feature: Tensor) -> Tensor:
+    """[B, C, HW] as the shape and strides of `feature`."""
+    out = torch.empty_like(feature)
+    return flat.view(feature.shape) if out.is_contiguous() else out.copy_(flat.view(feature.shape))

@@ -1,0 +1,1 @@
+"""The SGD step of all parameters, and its adjoint."""

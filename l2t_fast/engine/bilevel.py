@@ -1,0 +1,195 @@
+"""The two schemes, and the exact derivative of L_meta through their simulated steps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from l2t_fast.engine.inner_step import Theta
+from l2t_fast.kernels.sgd.step import SGD, sgd_adjoint_, sgd_step
+
+Scheme = Literal["transfer", "simulation"]
+Memory = Literal["save", "recompute"]
+
+Outer = Callable[[Theta], Tensor]
+
+
+class Kind(NamedTuple):
+    """What a simulated step descends on: L_org (`task`), L_wfm (`matching`) or both, of batches[batch]."""
+
+    batch: int
+    task: bool
+    matching: bool
+
+
+# (kind, θ, a of the kind's batch) -> ∇θ, without the parameters that the losses do not reach.
+StepGradient = Callable[[Kind, Theta, list[Tensor]], Theta]
+
+
+def simulated_steps(scheme: Scheme, batches: int, inner_steps: int) -> list[Kind]:
+    """The simulated steps of one iteration (paper, algorithm 1).
+
+    - "transfer": T steps on L_wfm ("knowledge transfer"), one on L_org ("one-step adaptation"), all on batch 0.
+    - "simulation": T steps on L_org + L_wfm, the ordinary bilevel scheme, over the batches in turn.
+    """
+    if scheme == "transfer":
+        return [Kind(0, task=False, matching=True)] * inner_steps + [Kind(0, task=True, matching=False)]
+    return [Kind(t % batches, task=True, matching=True) for t in range(inner_steps)]
+
+
+class _Step(NamedTuple):
+    """A simulated step, ready to be swept backwards."""
+
+    theta: Theta  # at its start; leaves of autograd, those that depend on a as variables
+    dtypes: dict[str, torch.dtype]  # of ∇θ there
+    g: dict[str, GradientEdge]  # the ends of the graph of ∇θ, whose values are used up; none under memory="recompute"
+    random: list[Tensor]  # state of the generators at its start, under "recompute"
+
+
+@torch.no_grad()
+def meta_gradient(
+    kinds: Sequence[Kind],
+    gradient: StepGradient,
+    outer: Outer,
+    theta: Theta,
+    momentum: Theta,
+    a: Sequence[Sequence[Tensor]],
+    lr: Tensor,
+    rule: SGD,
+    memory: Memory,
+    random: bool = True,
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """(L_meta, dL_meta/da), exact to second order through all steps; θ and momentum stay as they are.
+
+    a: of each batch, a [B, C_s] for each pair. Reverse over reverse: each step's gradient is a graph of its own from
+    its θ and a, and the SGD rule between two of them is stepped and swept by hand, in one pass over memory each. The
+    first step's θ is a constant, so that no Hessian product with respect to it is ever formed. With "save" the graphs
+    of all steps are kept, with "recompute" each is built once more when it is swept; `random`: a forward pass may draw
+    random numbers (dropout), so that it must draw the same ones then.
+    """
+    names = list(theta)
+    weights = [[a_p.detach().requires_grad_() for a_p in of_batch] for of_batch in a]
+    total: list[list[Tensor | None]] = [[None] * len(of_batch) for of_batch in a]
+    keep, random = memory == "save", random and memory == "recompute"
+
+    steps, theta = _unroll(kinds, gradient, theta, momentum, weights, lr, rule, keep, random)
+    with torch.enable_grad():
+        loss = outer(theta)
+    end = random_states(lr.device) if random else []
+    # u: cotangents of θ and of the momentum where a step ends; both are overwritten as the sweep goes on.
+    ones = {"loss": torch.ones_like(loss)}
+    u_theta = _owned(_grad(_edges({"loss": loss}), list(theta.values()), ones), list(theta.values()))
+    u_momentum: list[Tensor] | None = None
+    loss = loss.detach()
+    while steps:
+        step = steps.pop()
+        kind, theta, g = kinds[len(steps)], step.theta, step.g
+        of_batch, sums = weights[kind.batch], total[kind.batch]
+        dtypes = [step.dtypes.get(name) for name in names]
+        cotangents, u_momentum = sgd_adjoint_(u_theta, u_momentum, dtypes, lr, rule)
+        g_bar = dict(zip(names, cotangents, strict=True))
+        if not keep:
+            if random:
+                _set_random_states(step.random, lr.device)
+            with torch.enable_grad():
+                g = _edges(gradient(kind, theta, of_batch))
+        v = _grad(g, [*of_batch, *theta.values()], g_bar)
+        total[kind.batch] = [_plus(x, y) for x, y in zip(sums, v[: len(sums)], strict=True)]
+        v_theta = [(u, x) for u, x in zip(u_theta, v[len(sums) :], strict=True) if x is not None]
+        if v_theta:
+            torch._foreach_add_([u for u, _ in v_theta], [x for _, x in v_theta])
+        del step, g, v, v_theta  # before the next step's are made
+    if random:
+        _set_random_states(end, lr.device)
+    grads_a = [
+        [torch.zeros_like(p) if x is None else x for p, x in zip(of_batch, sums, strict=True)]
+        for of_batch, sums in zip(a, total, strict=True)
+    ]
+    return loss, grads_a
+
+
+def _unroll(
+    kinds: Sequence[Kind],
+    gradient: StepGradient,
+    theta: Theta,
+    momentum: Theta,
+    weights: Sequence[list[Tensor]],
+    lr: Tensor,
+    rule: SGD,
+    keep: bool,
+    random: bool,
+) -> tuple[list[_Step], Theta]:
+    """(the steps, θ after them as leaves of autograd); the graphs of the steps are built, and kept if `keep`."""
+    theta = {name: p.detach() for name, p in theta.items()}
+    steps: list[_Step] = []
+    reached: set[str] = set()  # parameters that depend on a by now; none in the first step
+    for kind in kinds:
+        start = _leaves(theta, reached)
+        state = random_states(lr.device) if random else []
+        with torch.enable_grad():
+            g = gradient(kind, start, weights[kind.batch])
+        steps.append(_Step(start, {name: x.dtype for name, x in g.items()}, _edges(g) if keep else {}, state))
+        reached = reached.union(name for name, x in g.items() if x.requires_grad)
+        grads = [g[name].detach() if name in g else None for name in theta]
+        del g  # and with it, unless it is kept, its graph
+        new = sgd_step(list(theta.values()), list(momentum.values()), grads, lr, rule)
+        theta, momentum = (dict(zip(theta, tensors, strict=True)) for tensors in new)
+    return steps, _leaves(theta, reached)
+
+
+def _leaves(tensors: Theta, variables: set[str]) -> Theta:
+    return {name: tensor.detach().requires_grad_(name in variables) for name, tensor in tensors.items()}
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that a forward pass may draw from (dropout): the CPU's and, on CUDA, the device's."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _edges(tensors: Mapping[str, Tensor]) -> dict[str, GradientEdge]:
+    """Where the graphs of those end that are no constants."""
+    return {name: get_gradient_edge(x) for name, x in tensors.items() if x.requires_grad}
+
+
+def _grad(
+    outputs: Mapping[str, GradientEdge], inputs: Sequence[Tensor], cotangents: Mapping[str, Tensor | None]
+) -> list[Tensor | None]:
+    """`torch.autograd.grad`; None for an input that is a constant or that no output depends on."""
+    variables = [x for x in inputs if x.requires_grad]
+    if not outputs or not variables:
+        return [None] * len(inputs)
+    grads = iter(
+        torch.autograd.grad(
+            list(outputs.values()), variables, [cotangents[name] for name in outputs], allow_unused=True
+        )
+    )
+    return [next(grads) if x.requires_grad else None for x in inputs]
+
+
+def _owned(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """The cotangents as tensors that may be overwritten, laid out in memory as `like`; zeros where there is none."""
+    owned: list[Tensor] = []
+    storages: set[int] = set()
+    for u, p in zip(cotangents, like, strict=True):
+        mine = u is not None and u.stride() == p.stride() and u.untyped_storage()._cdata not in storages
+        owned.append(u if u is not None and mine else torch.empty_like(p))
+        storages.add(owned[-1].untyped_storage()._cdata)
+    none = [x for x, u in zip(owned, cotangents, strict=True) if u is None]
+    if none:
+        torch._foreach_zero_(none)
+    for x, u in zip(owned, cotangents, strict=True):
+        if u is not None and x is not u:
+            x.copy_(u)
+    return owned
+
+
+def _plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return x if y is None else y if x is None else x + y

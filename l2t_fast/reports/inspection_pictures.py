@@ -1,0 +1,164 @@
+"""The picture of what a method learned: pairs by λ, λ over the epochs, weights of the channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from l2t_fast.reports.pictures import Array, plot_band, save
+
+if TYPE_CHECKING:
+    from l2t_fast.reports.inspection import Learned
+
+_LABELLED = 5  # lines with their name beside them
+
+
+def plot_learned(path: Path, learned: Learned, title: str) -> None:
+    """Left a matrix source layers x target layers of λ for each source, middle λ over the epochs, right the channels.
+
+    What is fixed, or not known yet, has no panel; something must be known.
+    """
+    sources = list(dict.fromkeys(source for source, _, _ in learned.layers or []))
+    matrices = sources if learned.final is not None else []
+    wide = len({n for _, _, n in learned.layers or []})
+    widths = ([0.9 + 0.62 * wide] if matrices else []) + ([4.6] if learned.history is not None else [])
+    widths += [3.9] if learned.profiles is not None else []
+    height = max(4.2, sum(1.2 + 0.42 * len(_layer_names(learned, s, 1)) for s in matrices))
+    fig = plt.figure(figsize=(sum(widths) + 1.2, height), layout="constrained")
+    spec = fig.add_gridspec(1, len(widths), width_ratios=widths)
+    grid = iter([spec[0, i] for i in range(len(widths))])
+    colors = _colors(learned)
+    if matrices and learned.final is not None:
+        tall = [len(_layer_names(learned, source, 1)) for source in matrices]
+        places = next(grid).subgridspec(len(matrices), 1, height_ratios=tall)
+        highest = float(learned.final.mean(0).max())
+        for i, source in enumerate(matrices):
+            _matrix(fig.add_subplot(places[i, 0]), learned, source, highest)
+        fig.axes[0].set_title("pair weight λ at the end", fontsize=10)
+    if learned.history is not None:
+        _history(fig.add_subplot(next(grid)), learned, colors)
+    if learned.profiles is not None:
+        _profiles(fig.add_subplot(next(grid)), learned, colors)
+    _legend(fig, learned, colors)
+    count = len(learned.seeds)
+    fig.suptitle(title + (f": mean of {count} seeds, bands ± std" if count > 1 else f": seed {learned.seeds[0]}"))
+    save(fig, path)
+
+
+def _layer_names(learned: Learned, source: str, which: int) -> list[str]:
+    return list(dict.fromkeys(layer[which] for layer in learned.layers or [] if layer[0] == source))
+
+
+def _colors(learned: Learned) -> list[Any]:
+    """A color for each pair: that of its source layer."""
+    owners = [layer[:2] for layer in learned.layers] if learned.layers else [("", name) for name in learned.names]
+    distinct = list(dict.fromkeys(owners))
+    palette = colormaps["tab10" if len(distinct) <= 10 else "turbo"]
+    shades = [palette(i) if len(distinct) <= 10 else palette(i / (len(distinct) - 1)) for i in range(len(distinct))]
+    return [shades[distinct.index(owner)] for owner in owners]
+
+
+def _legend(fig: Any, learned: Learned, colors: list[Any]) -> None:
+    if not learned.layers:
+        return
+    named = {f"{s}:{m}" if s else m: color for (s, m, _), color in zip(learned.layers, colors, strict=True)}
+    handles = [Line2D([], [], color=color, lw=2, label=name) for name, color in named.items()]
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": min(6, len(handles)), "frameon": False}
+    fig.legend(handles=handles, title="source layer", title_fontsize=8, fontsize=8, **where)
+
+
+def _matrix(axes: Any, learned: Learned, source: str, highest: float) -> None:
+    """λ of every pair of one source, as color and as number."""
+    assert learned.final is not None
+    rows, columns = _layer_names(learned, source, 1), _layer_names(learned, source, 2)
+    values = np.full((len(rows), len(columns)), np.nan)
+    for (s, m, n), weight in zip(learned.layers or [], learned.final.mean(0), strict=True):
+        if s == source:
+            values[rows.index(m), columns.index(n)] = weight
+    top = highest if highest > 0 else 1.0
+    axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=top)
+    for (i, j), weight in np.ndenumerate(values):
+        if not np.isnan(weight):
+            color = "white" if weight > 0.6 * top else "black"
+            axes.text(j, i, f"{weight:.2f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xlabel("target layer", fontsize=9)
+    axes.set_ylabel(f"layer of source {source}" if source else "source layer", fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _history(axes: Any, learned: Learned, colors: list[Any]) -> None:
+    """A line a pair; the highest ones have their names at the right."""
+    assert learned.history is not None
+    epochs = np.arange(1, learned.history.shape[1] + 1)
+    ends = np.nanmean(learned.history[:, -1], axis=0)  # of the seeds that got there
+    labelled = np.argsort(-ends, kind="stable")[:_LABELLED]
+    for p, color in enumerate(colors):
+        faint = p not in labelled
+        style = {"color": color, "linewidth": 0.9 if faint else 1.8, "alpha": 0.6 if faint else 1.0, "markersize": 4}
+        plot_band(axes, epochs, learned.history[:, :, p], shade=0.0 if faint else 0.12, **style)
+    if len(epochs) == 1:
+        axes.set_xlim(0.5, 1.5)
+    low, high = float(np.nanmin(learned.history)), float(np.nanmax(learned.history))  # λ is never below, a band may be
+    low = 0.0 if low < 0.3 * high else low
+    margin = 0.04 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    low, high = axes.get_ylim()
+    heights = _spread(ends[labelled], 0.045 * (high - low), high)
+    for p, height in zip(labelled, heights, strict=True):
+        axes.annotate(
+            learned.names[p],
+            (epochs[-1], ends[p]),
+            (1.04, height),
+            textcoords=axes.get_yaxis_transform(),
+            fontsize=8,
+            va="center",
+            color=colors[p],
+            arrowprops={"arrowstyle": "-", "color": colors[p], "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2},
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch", fontsize=9)
+    axes.set_ylabel("mean λ in the epoch", fontsize=9)
+    axes.set_title("pair weight λ over training", fontsize=10)
+    _plain(axes)
+
+
+def _spread(values: Array, gap: float, top: float) -> list[float]:
+    """Heights for labels of falling `values`, `gap` apart, the first not above `top`."""
+    heights: list[float] = []
+    for value in values:
+        heights.append(min(float(value), heights[-1] - gap if heights else top))
+    return heights
+
+
+def _profiles(axes: Any, learned: Learned, colors: list[Any]) -> None:
+    """C_s * w in falling order against the share of the channels, a line a pair; uniform weights are 1."""
+    highest, lowest = 1.0, 1.0
+    for profile, color in zip(learned.profiles or [], colors, strict=True):
+        mean = profile.mean(0)  # [C_s]
+        axes.plot((np.arange(len(mean)) + 0.5) / len(mean) * 100, mean, color=color, linewidth=1.2, alpha=0.85)
+        highest, lowest = max(highest, mean.max()), min(lowest, mean.min())
+    axes.axhline(1, color="black", linewidth=0.9, linestyle=":")
+    axes.text(99, 1, "uniform", fontsize=7.5, ha="right", va="bottom")
+    if highest > 8:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(lowest * 0.8, 1e-3))
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("channels, by falling weight (%)", fontsize=9)
+    axes.set_ylabel("weight relative to uniform, $C_s\\,w$", fontsize=9)
+    axes.set_title("channel weights w at the end", fontsize=10)
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)

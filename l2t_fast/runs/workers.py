@@ -1,0 +1,255 @@
+"""Trainings side by side: processes that work off a list of tasks, watched and stopped by the one that started them.
+
+They are spawned: a script that calls this does so under `if __name__ == "__main__":`.
+"""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from l2t_fast.errors import L2TError
+from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch, loss_on_host
+from l2t_fast.training.fit import Interrupted
+
+_TELL_EVERY = 0.2  # seconds between two messages on the iterations of one training
+_LINE_EVERY = 30.0  # seconds between two lines on one training, where there is no terminal
+_STOPS = {signal.SIGINT, signal.SIGTERM}
+_LOOK_EVERY = 0.5  # seconds after which the user's wish to stop is looked at
+
+
+class Task(Protocol):
+    """Something to train; it can be pickled."""
+
+    @property
+    def title(self) -> str:
+        """What the user calls it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes: one process at a time."""
+
+    def run(self, make_watch: Callable[[str, int, int], Any]) -> str:
+        """Trains, and says in a few words what came out; at once if it is done already."""
+
+
+AnyTask = TypeVar("AnyTask", bound=Task)
+
+
+def work_off(
+    tasks: Sequence[AnyTask], jobs: int, threads: int, display: Display, stop: StopSignal
+) -> list[tuple[AnyTask, str]]:
+    """Runs all tasks, `jobs` at a time with `threads` CPU threads each; returns those that failed, and why.
+
+    Raises:
+        Interrupted: the user asked to stop; the tasks under way have saved where they stand.
+    """
+    waiting: list[AnyTask] = list(tasks)
+    failed: list[tuple[AnyTask, str]] = []
+    context = multiprocessing.get_context("spawn")
+    asked = context.RawValue("b", 0)  # without a lock, which a process killed inside it would keep
+    workers: list[_Worker[AnyTask]] = []
+    overall = display.bars.add_task("trainings", total=len(tasks), state=f"0 of {len(tasks)}")
+    done = 0
+    try:
+        while waiting or any(worker.task for worker in workers):
+            if stop.asked:
+                asked.value = 1
+                waiting.clear()
+            while waiting and sum(worker.task is not None for worker in workers) < jobs:
+                for worker in [w for w in workers if w.task is None and not w.process.is_alive()]:
+                    workers.remove(worker)
+                idle = [worker for worker in workers if worker.task is None]
+                if not idle:
+                    idle = [_Worker[AnyTask].started(context, asked, threads)]
+                    workers += idle
+                idle[0].give(waiting.pop(0))
+            busy = {worker.connection: worker for worker in workers if worker.task is not None}
+            for connection in wait(list(busy), timeout=_LOOK_EVERY):
+                worker = busy[connection]  # type: ignore[index]
+                try:
+                    kind, arguments = worker.connection.recv()
+                except (EOFError, OSError):
+                    worker.process.join()
+                    kind, arguments = "failed", (f"its process ended with code {worker.process.exitcode}",)
+                    workers.remove(worker)
+                if kind == "broken":
+                    workers.remove(worker)
+                    kind = "failed"
+                if kind not in ("finished", "failed", "stopped"):
+                    worker.follow(kind, arguments, display, stop)
+                    continue
+                task = worker.finished()
+                done += kind != "stopped"
+                display.bars.update(overall, completed=done, state=f"{done} of {len(tasks)}")
+                if kind == "failed":
+                    failed.append((task, arguments[0]))
+                if kind != "stopped":
+                    display.console.print(
+                        f"{task.title}: {arguments[0]} · {done} of {len(tasks)}", highlight=False, soft_wrap=True
+                    )
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.process.kill()
+        raise
+    finally:
+        asked.value = 1
+        for worker in workers:
+            worker.connection.close()  # an idle one ends
+            worker.process.join()
+        display.bars.remove_task(overall)
+    if stop.asked:
+        raise Interrupted
+    return failed
+
+
+@dataclass
+class _Worker(Generic[AnyTask]):
+    """One process, as its parent sees it."""
+
+    process: Any
+    connection: Connection
+    task: AnyTask | None = None
+    watches: list[TrainingWatch] = field(default_factory=list)
+
+    @classmethod
+    def started(cls, context: Any, asked: Any, threads: int) -> "_Worker[AnyTask]":
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, asked, os.getpid(), threads))
+        # The parent says when to stop: what the terminal or a scheduler sends to all processes is not for this one.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS) if hasattr(signal, "pthread_sigmask") else None
+        process.start()
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        return cls(process, ours)
+
+    def give(self, task: AnyTask) -> None:
+        self.task = task
+        with contextlib.suppress(OSError):  # it has ended, which the next look finds
+            self.connection.send(task)
+
+    def follow(self, event: str, arguments: tuple[Any, ...], display: Display, stop: StopSignal) -> None:
+        if event == "made":
+            title, epochs, batches = arguments
+            self.watches.append(TrainingWatch(display, stop, title, epochs, batches, _LINE_EVERY))
+        else:
+            getattr(self.watches[-1], event)(*arguments)
+
+    def finished(self) -> AnyTask:
+        for watch in self.watches:
+            watch.clear()
+        assert self.task is not None
+        task, self.task, self.watches = self.task, None, []
+        return task
+
+
+def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None:
+    """The life of a worker: tasks, until the parent hangs up."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+    def stopped() -> bool:
+        return bool(asked.value) or os.getppid() != parent
+
+    while True:
+        try:
+            task: Task = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            task.folder.mkdir(parents=True, exist_ok=True)
+            with alone(task.folder, stopped):
+                end = "finished", task.run(lambda *of: _RemoteWatch(connection, stopped, *of))
+        except Interrupted:
+            end = "stopped", ""
+        except L2TError as error:
+            end = "failed", str(error)
+        except Exception as error:  # whatever a training may raise: the others go on, in a new process
+            (task.folder / "error.txt").write_text(traceback.format_exc())
+            end = "broken", f"{type(error).__name__}, see {task.folder / 'error.txt'}"
+        try:
+            connection.send((end[0], (end[1],)))
+        except OSError:  # the parent is gone
+            return
+        if end[0] == "broken":  # an error on a GPU spoils the process
+            return
+        gc.collect()  # an engine and its graphs hold each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def alone(folder: Path, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Waits while another process works in the folder: of a table that was killed, one may still be saving.
+
+    Raises:
+        Interrupted: `stopped()` said so while waiting.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stopped():
+                    raise Interrupted from None
+                sleep(_TELL_EVERY)
+            except OSError:  # a file system without locks
+                break
+        yield
+
+
+class _RemoteWatch:
+    """Tells the parent what a `TrainingWatch` wants to know."""
+
+    def __init__(self, connection: Connection, stopped: Callable[[], bool], title: str, epochs: int, batches: int):
+        self._connection, self.stop_asked = connection, stopped
+        self._count, self._last = 0, perf_counter()
+        self._tell("made", title, epochs, batches)
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        with contextlib.suppress(OSError):  # the parent is gone, which `stop_asked` finds
+            self._connection.send((event, arguments))
+
+    def resumed(self, epoch: int, iteration: int) -> None:
+        self._tell("resumed", epoch, iteration)
+
+    def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None:
+        self._count += 1
+        if perf_counter() - self._last > _TELL_EVERY:
+            self._advanced(epoch, loss_on_host(metrics))
+
+    def _advanced(self, epoch: int, loss: float | None) -> None:
+        self._tell("advanced", self._count, epoch, loss)
+        self._count, self._last = 0, perf_counter()
+
+    def evaluating(self, part: str) -> None:
+        self._tell("evaluating", part)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        self._advanced(row["epoch"], row["loss"])
+        self._tell("epoch", {key: row[key] for key in ("epoch", "loss", "val_accuracy") if key in row})
+
+    def say(self, text: str) -> None:
+        self._tell("say", text)
+
+    def done(self, accuracy: float) -> None:
+        self._tell("done", accuracy)

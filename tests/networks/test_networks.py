@@ -1,0 +1,267 @@
+"""Networks by name, default layers, and checkpoints of any naming."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from l2t_fast.errors import L2TError
+from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
+
+AUTHORS = Path(__file__).parents[3] / "shared/official/tinyimagenet-200-resnet32.pth.tar"
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("depth", [8, 14, 20, 26, 32, 38, 44, 56, 110])
+def test_cifar_resnet_has_its_depth(depth: int) -> None:
+    model = build_model(f"resnet{depth}", num_classes=7, width=0.25)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(convolutions) + 1 == depth
+    assert model(torch.rand(2, 3, 16, 16)).shape == (2, 7)
+
+
+def test_cifar_resnet_stages() -> None:
+    model = build_model("resnet8", num_classes=3)
+    features = create_feature_extractor(model, ["layer1", "layer2", "layer3"])(torch.rand(2, 3, 32, 32))
+    assert [tuple(f.shape[1:]) for f in features.values()] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert "conv1.bias" in model.state_dict()
+
+
+def test_vgg9_is_the_papers() -> None:
+    model = build_model("vgg9_bn", num_classes=10)
+    channels = [3, 64, 128, 256, 256, 512, 512, 512, 512]
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    expected = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
+    assert [(m.in_channels, m.out_channels) for m in convolutions] == expected
+    features = sum(9 * i * o + 3 * o for i, o in itertools.pairwise(channels))  # weight, bias, BatchNorm
+    assert parameters(model) == features + 512 * 10 + 10
+    assert model.eval()(torch.rand(1, 3, 40, 64)).shape == (1, 10)
+
+
+def test_initialisation_is_kaiming_by_fan_out() -> None:
+    torch.manual_seed(0)
+    for model in (build_model("resnet20", 10), build_model("vgg9_bn", 10)):
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d):
+                fan_out = m.out_channels * m.kernel_size[0] * m.kernel_size[1]
+                deviation = (2 * m.weight.numel()) ** -0.5  # of the estimate, relative
+                assert m.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=5 * deviation)
+                assert m.bias is None or not m.bias.any()
+    assert model.state_dict()["classifier.weight"].std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_width_scales_every_layer() -> None:
+    for name in ("resnet8", "vgg9_bn"):
+        whole, half = build_model(name, 10), build_model(name, 10, width=0.5)
+        for a, b in zip(whole.modules(), half.modules(), strict=True):
+            if isinstance(a, nn.Conv2d) and isinstance(b, nn.Conv2d):
+                assert b.weight.shape[0] == a.weight.shape[0] // 2
+        assert build_model(name, 10, width=0.001)(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_torchvision_networks() -> None:
+    with torch.device("meta"):  # shapes only
+        assert build_model("resnet18", 5)(torch.rand(2, 3, 32, 32)).shape == (2, 5)
+        assert build_model("googlenet", 5).train()(torch.rand(2, 3, 64, 64)).shape == (2, 5)  # no tuple
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "width", "words"),
+    [
+        ("resnet33", 10, 1.0, "resnet32"),
+        ("VGG9_BN", 10, 1.0, "vgg9_bn"),
+        ("fcn_resnet50", 10, 1.0, "no network named"),  # torchvision's, but no classification network
+        ("resnet18", 10, 0.5, "width 1 only"),
+        ("resnet20", 0, 1.0, "at least one class"),
+        ("resnet20", 10, 0.0, "must be positive"),
+    ],
+)
+def test_build_model_refuses(name: str, num_classes: int, width: float, words: str) -> None:
+    with pytest.raises(L2TError, match=words):
+        build_model(name, num_classes, width)
+
+
+def test_default_layers_of_vgg9_enter_the_pools() -> None:
+    model = build_model("vgg9_bn", 10).eval()
+    entering: list[Tensor] = []
+    x = torch.rand(1, 3, 32, 32)
+    features = create_feature_extractor(model, default_layers("vgg9_bn", model))(x)
+    for module in model.modules():
+        if isinstance(module, nn.MaxPool2d):
+            module.register_forward_pre_hook(lambda _, args: entering.append(args[0].clone()))
+    model(x)
+    assert len(entering) == len(features) == 5
+    assert all(torch.equal(a, b) for a, b in zip(entering, features.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg16_bn"])
+def test_default_layers_of_torchvision_vgg(name: str) -> None:
+    with torch.device("meta"):  # shapes only
+        model = build_model(name, 10)
+        features = create_feature_extractor(model, default_layers(name, model))(torch.rand(1, 3, 64, 64))
+    assert [f.shape[1:3] for f in features.values()] == [(64, 64), (128, 32), (256, 16), (512, 8), (512, 4)]
+    assert all(isinstance(model.get_submodule(layer), nn.ReLU) for layer in features)
+
+
+def test_default_layers_of_resnets() -> None:
+    assert default_layers("resnet14", build_model("resnet14", 10)) == ["layer1", "layer2", "layer3"]
+    with torch.device("meta"):
+        resnet18 = build_model("resnet18", 10)
+    assert default_layers("resnet18", resnet18) == ["layer1", "layer2", "layer3", "layer4"]
+
+
+def test_no_default_layers() -> None:
+    with torch.device("meta"):
+        alexnet = build_model("alexnet", 10)
+    with pytest.raises(L2TError, match=r"alexnet has no default layers.*features\.0"):
+        default_layers("alexnet", alexnet)
+
+
+def small(num_classes: int = 4, width: float = 0.25) -> nn.Module:
+    model = build_model("resnet8", num_classes, width)
+    for key, value in model.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            value.copy_(torch.rand_like(value))
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+@pytest.mark.parametrize("naming", ["own", "prefixed", "twice prefixed", "foreign", "shuffled", "shuffled prefixed"])
+def test_load_weights_whatever_the_names(tmp_path: Path, key: str | None, naming: str) -> None:
+    model, other = small(), small()
+    state = dict(model.state_dict())
+    if "shuffled" in naming:
+        state = dict(reversed(state.items()))
+    if naming == "foreign":
+        state = {f"net{i}.part.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(state.items())}
+    if "prefixed" in naming:
+        state = {("model.module." if "twice" in naming else "module.") + k: v for k, v in state.items()}
+    torch.save({"epoch": 3, key: state} if key else state, tmp_path / "file")
+    assert not same(weights(other), weights(model))
+    load_weights(other, tmp_path / "file")
+    assert same(weights(other), weights(model))
+    if naming != "shuffled" and naming != "shuffled prefixed":
+        assert checkpoint_classes(tmp_path / "file") == 4
+
+
+def test_load_weights_keeps_the_dtype_of_the_model(tmp_path: Path) -> None:
+    model, other = small(), small().double()
+    torch.save(model.state_dict(), tmp_path / "file")
+    load_weights(other, tmp_path / "file")
+    assert same(weights(other), {k: v.double() for k, v in weights(model).items()})
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"x.{k}" if k.startswith("conv1") else f"y.{k}": v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (lambda: weights(small(num_classes=5)), r"fc\.weight \[5, 16\] where the network has fc\.weight \[4, 16\]"),
+        (lambda: renamed(weights(small(width=0.5))), r"x\.conv1\.weight \[8, 3, 3, 3\] where .* conv1\.weight \[4, 3"),
+        (lambda: {**weights(small()), "more.weight": torch.zeros(2)}, "nothing for more.weight"),
+        (lambda: dict(list(renamed(weights(small())).items())[:-1]), "nothing for fc.bias"),
+        (
+            lambda: {k.replace("running_mean", "mean"): v for k, v in renamed(weights(small())).items()},
+            r"y\.bn1\.mean \[4\]",
+        ),
+        (lambda: {"weight": torch.zeros(3)}, "does not fit"),
+    ],
+)
+def test_load_weights_says_the_first_difference(
+    tmp_path: Path, state: Callable[[], dict[str, Tensor]], words: str
+) -> None:
+    torch.save(state(), tmp_path / "file")
+    model = small()
+    before = weights(model)
+    with pytest.raises(L2TError, match=words):
+        load_weights(model, tmp_path / "file")
+    assert same(weights(model), before)
+
+
+def test_unreadable_checkpoints(tmp_path: Path) -> None:
+    model = small()
+    before = weights(model)
+    whole = tmp_path / "whole"
+    torch.save(model.state_dict(), whole)
+    content = whole.read_bytes()
+    files = {
+        "truncated": content[: len(content) // 2],
+        "empty": b"",
+        "text": b"not a checkpoint\n" * 20,
+        "random": bytes(torch.randint(256, (4096,), generator=torch.Generator().manual_seed(0)).tolist()),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(L2TError, match=r"not a checkpoint that PyTorch can read"):
+            load_weights(model, tmp_path / name)
+    with pytest.raises(L2TError, match="no checkpoint file"):
+        load_weights(model, tmp_path / "absent")
+    for content_without_weights in ({"state_dict": {}, "epoch": 3}, [1, 2], torch.zeros(3)):
+        torch.save(content_without_weights, tmp_path / "odd")
+        with pytest.raises(L2TError, match="holds no weights"):
+            load_weights(model, tmp_path / "odd")
+    assert same(weights(model), before)
+
+
+def test_checkpoint_classes_needs_a_classifier(tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(4, 3, 3, 3), "conv.bias": torch.zeros(4)}, tmp_path / "file")
+    with pytest.raises(L2TError, match="no linear classifier"):
+        checkpoint_classes(tmp_path / "file")
+
+
+def authors_forward(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """The ResNet32 of the checkpoint in its own names: three stage outputs and the logits."""
+
+    def bn(name: str, x: Tensor) -> Tensor:
+        mean, var, weight, bias = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, weight, bias)
+
+    def block(name: str, x: Tensor) -> Tensor:
+        first, shortcut = state[f"{name}.conv1.weight"], state.get(f"{name}.downsample.0.weight")
+        stride = 1 if shortcut is None else 2
+        h = F.relu(bn(f"{name}.bn1", F.conv2d(x, first, stride=stride, padding=1)))
+        h = bn(f"{name}.bn2", F.conv2d(h, state[f"{name}.conv2.weight"], padding=1))
+        return F.relu(h + (x if shortcut is None else bn(f"{name}.downsample.1", F.conv2d(x, shortcut, stride=2))))
+
+    x = F.relu(bn("bn1", F.conv2d(x, state["conv1.weight"], state["conv1.bias"], padding=1)))
+    outputs = []
+    for first, others in (("block1", "blocks2"), ("block3", "blocks4"), ("block5", "blocks6")):
+        x = block(first, x)
+        for i in range(4):
+            x = block(f"{others}.{i}", x)
+        outputs.append(x)
+    return [*outputs, x.mean((2, 3)) @ state["fc.weight"].T + state["fc.bias"]]
+
+
+@pytest.mark.skipif(not AUTHORS.exists(), reason="the authors' checkpoint is not here")
+def test_authors_checkpoint_loads() -> None:
+    assert checkpoint_classes(AUTHORS) == 200
+    model = build_model("resnet32", 200)
+    load_weights(model, AUTHORS)
+    model.double().eval()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    state = torch.load(AUTHORS, map_location="cpu", weights_only=True)["state_dict"]
+    expected = authors_forward({k: v.double() for k, v in state.items()}, x)
+    features = create_feature_extractor(model, ["layer1", "layer2", "layer3", "fc"])(x)
+    for ours, theirs in zip(features.values(), expected, strict=True):
+        assert (ours - theirs).abs().max() < 1e-10 * theirs.abs().max()

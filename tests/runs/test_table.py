@@ -1,0 +1,356 @@
+"""`l2t-fast table`: cells, columns, interruptions."""
+
+import csv
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from l2t_fast.cli import main
+from l2t_fast.errors import L2TError
+from l2t_fast.files import load_checkpoint
+from l2t_fast.runs import cell as cells
+from l2t_fast.runs import workers
+from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
+from l2t_fast.settings.options import TableConfig, columns, load_config, load_table, save_config
+from l2t_fast.training.fit import Interrupted, read_metrics
+
+SMALL = ["--target-width", "0.0625", "--source-width", "0.25", "--source-epochs", "1", "--jobs", "2", "--threads", "1"]
+METHODS = ["lwf+at", "l2t-ww"]
+
+
+def arguments(runs: Path, name: str, *more: str) -> list[str]:
+    small = SMALL[:-4] if "--jobs" in more else SMALL
+    return ["table", "--runs", str(runs), "--name", name, *small, *more]
+
+
+def table(runs: Path, name: str, *more: str) -> Path:
+    main(arguments(runs, name, *more))
+    return runs / name
+
+
+def rows(folder: Path, name: str = "table.csv") -> list[dict[str, str]]:
+    """Lines of a CSV file without times."""
+    lines = list(csv.DictReader((folder / name).open()))
+    return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *given: str, command: str = "table") -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, *given])
+    assert exit_.value.code == 2
+    return " ".join(capsys.readouterr().err.split()).removeprefix("l2t-fast: ")
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains in this process: what side by side means, other tests show."""
+
+    def work_off(tasks: Any, jobs: int, threads: int, display: Display, stop: StopSignal) -> list[tuple[Any, str]]:
+        failed = []
+        for task in tasks:
+            task.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                task.run(partial(TrainingWatch, display, stop))
+            except L2TError as error:
+                failed.append((task, str(error)))
+        return failed
+
+    monkeypatch.setattr(workers, "work_off", work_off)
+
+
+def test_a_table_killed_at_random_points_is_the_same_table(tmp_path: Path) -> None:
+    """SIGKILL, which nothing can catch, and Ctrl-C; then the same command again, until it ends by itself."""
+    given = ["--epochs", "3", "--seeds", "0", "1", "--jobs", "2", "--threads", "1", "--method", *METHODS]
+    command = [sys.executable, "-m", "l2t_fast.cli", *arguments(tmp_path, "killed", *given)]
+    folder = tmp_path / "killed"
+    draw = random.Random(7)
+    done: dict[Path, int] = {}
+    kills, process = 0, subprocess.Popen(command, start_new_session=True)
+    while True:
+        looked = time.monotonic()
+        # Once there is something new: another checkpoint or another cell, and then a random time later.
+        before = {path: path.stat().st_mtime_ns for path in folder.glob("**/*.pt")}
+        while process.poll() is None and time.monotonic() < looked + 120:
+            if {path: path.stat().st_mtime_ns for path in folder.glob("**/*.pt")} != before:
+                break
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 1.5))
+        if kills == 3 or process.poll() is not None:
+            break
+        kills += 1
+        if kills % 2:
+            process.kill()  # its workers find out by themselves
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=60)
+        done |= {path: path.stat().st_mtime_ns for path in folder.glob("**/result.json")}
+        process = subprocess.Popen(command, start_new_session=True)
+    assert process.wait(timeout=300) == 0
+    assert kills == 3
+    assert done, "no cell was finished before a kill: the test shows less than it should"
+
+    whole = table(tmp_path, "whole", *given)
+    assert rows(folder) == rows(whole)
+    assert rows(folder, "cells.csv") == rows(whole, "cells.csv")
+    assert len(rows(whole, "cells.csv")) == 4
+    for path in whole.glob("**/metrics.jsonl"):
+        assert read_metrics(folder / path.relative_to(whole)) == read_metrics(path)
+    (session,) = map(json.loads, (whole / "sessions.jsonl").read_text().splitlines())
+    assert {key: session[key] for key in ("cells", "jobs", "threads")} == {"cells": 4, "jobs": 2, "threads": 1}
+    for path, when in done.items():
+        assert path.stat().st_mtime_ns == when  # what was done was not done again
+
+
+def test_columns_sweeps_and_growing(tmp_path: Path, capsys: pytest.CaptureFixture[str], inline: None) -> None:
+    """Two targets and two sizes; then more methods and seeds by the same command."""
+    given = ["--target", "vgg9_bn", "resnet8", "--target-width", "0.0625", "0.25", "--epochs", "2"]
+    small = [word for word in SMALL if word not in ("--target-width", "0.0625")]
+    command = ["table", "--runs", str(tmp_path), "--name", "grid", *small, *given, "--per-class", "2,4"]
+    main([*command, "--method", "scratch", "finetune", "--seeds", "0"])
+    folder = tmp_path / "grid"
+    names = {f"digits-{target}-{size}" for target in ("vgg9_bn", "resnet8") for size in (2, 4)}
+    assert {path.parent.name for path in folder.glob("*/config.json")} == names
+    found = {(row["column"], row["method"]): row for row in rows(folder)}
+    assert len(found) == 8
+    assert found["digits, resnet8, 4 per class", "finetune"]["seeds"] == "1"
+    assert found["digits, vgg9_bn, 4 per class", "finetune"]["seeds"] == "0"
+    assert "nothing of the source (CifarResNet) fits the target (CifarVGG)" in (folder / "table.md").read_text()
+    assert {row["per_class"] for row in found.values()} == {"2", "4"}
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(folder.glob("sources/*/source/source.pt"))) == 1  # shared by the columns
+    # The fine-tuned network starts where the source ended.
+    start = read_metrics(folder / "digits-resnet8-4/finetune/seed-0/metrics.jsonl")[0]["loss"]
+    assert start != read_metrics(folder / "digits-resnet8-4/scratch/seed-0/metrics.jsonl")[0]["loss"]
+
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("**/result.json")}
+    main([*command, "--method", "scratch", "finetune", "fm-single", "--seeds", "0", "1"])
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    found = {(row["column"], row["method"]): row for row in rows(folder)}
+    assert found["digits, resnet8, 2 per class", "fm-single"]["seeds"] == "2"
+    # A narrower command tells of all that is there; another source for one more column is refused.
+    narrow = ["table", "--runs", str(tmp_path), "--name", "grid", *small, "--target", "resnet8", "--epochs", "2"]
+    narrow += ["--target-width", "0.25", "--per-class", "2", "--method", "scratch", "--seeds", "0"]
+    main(narrow)
+    assert {(row["column"], row["method"]): row for row in rows(folder)} == found
+    other = [word if word != "1" or narrow[i - 1] != "--source-epochs" else "3" for i, word in enumerate(narrow)]
+    other[other.index("resnet8", 8)] = "resnet14"
+    assert "the source of digits was made with --source-epochs 1, not 3" in refused(capsys, *other[1:])
+    error = refused(capsys, *command[1:], "--lr", "0.5")
+    assert "was made with --lr 0.03, not 0.5: give the same settings again, or another --name" in error
+
+
+def test_two_sources_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str], inline: None) -> None:
+    """Two of different architecture, for every kind of method; what was learned of both."""
+    folder = table(
+        tmp_path, "two", "--source", "resnet8", "resnet14", "--epochs", "2", "--seeds", "0", "--method", "lwf+at",
+        "jacobian", "fm-one-to-one", "l2t-w-single", "l2t-ww",
+    )  # fmt: skip
+    assert {path.parent.name for path in folder.glob("sources/digits/*/source.pt")} == {"source-1", "source-2"}
+    first, second = (load_checkpoint(folder / f"sources/digits/source-{i}/last.pt")["engine"]["theta"] for i in (1, 2))
+    assert len(second) > len(first)
+    cell = folder / "digits-vgg9_bn-10/l2t-ww/seed-0"
+    learned = json.loads((cell / "learned.json").read_text())
+    assert len(learned["pairs"]) == 30
+    assert {name[:2] for name in learned["pairs"]} == {"0:", "1:"}
+    assert set(learned["source"]) == {"layer1", "layer2", "layer3"}
+    assert "lwf_loss" in read_metrics(folder / "digits-vgg9_bn-10/lwf+at/seed-0/metrics.jsonl")[0]
+    capsys.readouterr()
+    main(["inspect", str(folder)])
+    shown = capsys.readouterr().out
+    assert "0:layer1" in shown
+    assert "1:layer3" in shown
+    assert (folder / "digits-vgg9_bn-10/inspect_l2t-ww.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pretraining_makes_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        f"pretrain --runs {tmp_path} --name teacher --network resnet8 --width 0.25 --epochs 2 --dataset digits "
+        "--classes 0 1 2".split()
+    )
+    path = tmp_path / "teacher/source.pt"
+    best = load_checkpoint(tmp_path / "teacher/scratch/seed-0/best.pt")["weights"]
+    saved = torch.load(path, weights_only=True)
+    assert saved["num_classes"] == 3
+    assert all(torch.equal(saved["state_dict"][name], tensor) for name, tensor in best.items())
+    config = json.loads((tmp_path / "teacher/config.json").read_text())
+    assert config["data"]["per_class"] is None  # all images, though digits are limited by default for targets
+    path.unlink()
+    main(f"pretrain --runs {tmp_path} --name teacher --resume".split())  # what it has done it does not do again
+    assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["fc.weight"], best["fc.weight"])
+    error = refused(
+        capsys, "--runs", str(tmp_path), "--name", "teacher", "--resume", "--width", "1", command="pretrain"
+    )
+    assert "was made with --width 0.25, not 1.0" in error
+    main(
+        f"train --runs {tmp_path} --name student --source resnet8 --source-width 0.25 --source-weights {path} "
+        "--target-width 0.0625 --epochs 1 --seeds 0 --method fm-single".split()
+    )
+    assert (tmp_path / "student/fm-single/seed-0/result.json").exists()
+
+
+def test_without_validation_images_a_source_is_the_last_one(tmp_path: Path) -> None:
+    main(
+        f"pretrain --runs {tmp_path} --name teacher --network resnet8 --width 0.25 --epochs 1 --dataset digits "
+        "--val-fraction 0".split()
+    )
+    state = load_checkpoint(tmp_path / "teacher/scratch/seed-0/last.pt")["engine"]
+    saved = torch.load(tmp_path / "teacher/source.pt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["conv1.weight"], state["theta"]["target.conv1.weight"])
+    assert torch.equal(saved["bn1.running_mean"], state["buffers"]["bn1.running_mean"])
+
+
+def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--runs", str(tmp_path), "--name", "bad", *SMALL]
+    assert "give numbers of images" in refused(capsys, *given, "--per-class", "2,x")
+    assert "--per-class 2 2: give at least one, and each once" in refused(capsys, *given, "--per-class", "2,2")
+    assert "there is no method 'l2t'" in refused(capsys, *given, "--method", "l2t")
+    assert "none of the methods given has that setting" in refused(
+        capsys, *given, "--method", "scratch", "at", "--settings", "lwf.weight=1"
+    )
+    assert "is no setting of a method" in refused(capsys, *given, "--settings", "at.wight=1")
+    assert "--source-weights has 1 values for 2 sources" in refused(
+        capsys, *given[:-8], "--source", "resnet8", "resnet8", "--source-weights", "x.pt"
+    )
+    assert "--target-width has 1 values" not in refused(capsys, *given, "--target", "vgg9bn")
+    assert "--mode graph needs a CUDA device" in refused(capsys, *given, "--mode", "graph", "--device", "cpu")
+    assert "--jobs 0 is too small" in refused(capsys, *given, "--jobs", "0")
+    assert "none of the methods can be had" in refused(capsys, *given, "--method", "finetune")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/something").touch()
+    assert "is not the configuration of a run: give a folder that `l2t-fast table` made" in refused(capsys, *given)
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path: Path, inline: None) -> None:
+    """A diverged training is a footnote, and is tried again the next time."""
+    more = ["--beta", "1e39", "--epochs", "1", "--seeds", "0", "--method", "scratch", "fm-single"]
+    with pytest.raises(SystemExit):  # so that scripts know
+        table(tmp_path, "hot", *more)
+    folder = tmp_path / "hot"
+    assert "the matching loss of pairs (0, 2, 4) (source, m, n) is inf" in (folder / "table.md").read_text()
+    assert [row["seeds"] for row in rows(folder)] == ["1", "0"]
+    metrics = folder / "digits-vgg9_bn-10/fm-single/seed-0/metrics.jsonl"
+    before = metrics.stat().st_mtime_ns
+    with pytest.raises(SystemExit):
+        table(tmp_path, "hot", *more)
+    assert metrics.stat().st_mtime_ns > before
+
+
+class Dies:
+    """A task whose process is killed, as by a lack of memory."""
+
+    title = "doomed"
+    folder: Path
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, make_watch: Any) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return "never"
+
+
+class Counts(Dies):
+    title = "counted"
+
+    def run(self, make_watch: Any) -> str:
+        with (self.folder / "runs").open("a") as file:
+            file.write(f"{torch.get_num_threads()}\n")
+        watch = make_watch("counted", 1, 2)
+        for _ in range(2):
+            watch.iteration(0, {"loss": torch.zeros(())})
+            if watch.stop_asked():
+                raise Interrupted
+        return "fine"
+
+
+def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    tasks = [Dies(tmp_path / "a"), Counts(tmp_path / "b"), Counts(tmp_path / "c")]
+    console = Console(file=(tmp_path / "out").open("w"))
+    with Display(console) as display:
+        failed = workers.work_off(tasks, 1, 1, display, StopSignal())
+    assert failed == [(tasks[0], "its process ended with code -9")]
+    assert [(tmp_path / name / "runs").read_text() for name in "bc"] == ["1\n", "1\n"]
+
+
+def test_stopping_leaves_the_rest_undone(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    stop = StopSignal()
+    stop.asked = True
+    with Display(Console(file=(tmp_path / "out").open("w"))) as display, pytest.raises(Interrupted):
+        workers.work_off([Counts(tmp_path / "a")], 1, 1, display, stop)
+    assert not (tmp_path / "a").exists()
+
+
+def test_columns_have_the_defaults_of_their_data_sets() -> None:
+    found = columns(TableConfig(dataset=("digits", "cifar100", "stanford40"), seeds=(3,)))
+    assert list(found) == ["digits-vgg9_bn-10", "cifar100-vgg9_bn", "stanford40-resnet18"]
+    assert [config.optim.batch_size for config in found.values()] == [25, 128, 64]
+    assert found["stanford40-resnet18"].optim.meta_lr == 1e-3
+    assert all(config.seeds == (3,) for config in found.values())
+    with pytest.raises(L2TError, match="each once"):
+        columns(TableConfig(dataset=("digits", "digits")))
+    assert cells.source_folders(found["cifar100-vgg9_bn"], Path("x")) == [Path("x/source")]
+
+
+def test_settings_are_kept_with_the_table(tmp_path: Path) -> None:
+    config = TableConfig(method=("at", "scratch"), settings=("at.weight=5",), threads=3)
+    save_config(config, tmp_path / "table.json")
+    assert load_table(tmp_path / "table.json") == config
+    (column,) = columns(config).values()
+    save_config(column, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == column
+    assert column.settings == ("at.weight=5",)
+    older = json.loads((tmp_path / "config.json").read_text())
+    del older["settings"], older["optim"]["where"]
+    older["source"] |= {"source": "resnet8", "source_width": 1.0}  # of a version with one source
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert load_config(tmp_path / "config.json") == dataclasses.replace(column, settings=())
+
+
+def test_other_weights_of_the_same_name_are_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], inline: None
+) -> None:
+    """A column was made with these very files."""
+    pretrain = f"pretrain --runs {tmp_path} --network resnet8 --width 0.25 --epochs 1 --dataset digits --seed"
+    for seed in "01":
+        main([*pretrain.split(), seed, "--name", f"teacher{seed}"])
+    weights = tmp_path / "teacher0/source.pt"
+    given = ["--source", "resnet8", "--source-weights", str(weights), "--epochs", "1", "--method", "fm-single"]
+    words = ["--target-width", "0.0625", "--source-width", "0.25", "--jobs", "1", "--threads", "1"]
+    command = ["--runs", str(tmp_path), "--name", "t", *words, *given, "--seeds"]
+    main(["table", *command, "0"])
+    weights.write_bytes((tmp_path / "teacher1/source.pt").read_bytes())
+    assert "was made with another --source-weights 1" in refused(capsys, *command, "0", "1")
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_a_scheduler_that_stops_all_processes_loses_nothing(tmp_path: Path) -> None:
+    """SIGTERM to the whole group, as soon as the processes begin: nothing fails, and what is under way is saved."""
+    given = ["--epochs", "400", "--seeds", "0", "1", "--method", "scratch"]
+    command = [sys.executable, "-m", "l2t_fast.cli", *arguments(tmp_path, "stopped", *given)]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("stopped/digits*/scratch/seed-*/last.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped and saved" in told
+    assert "ended with code" not in told

@@ -1,0 +1,249 @@
+"""Training over epochs: bit-exact resumption, checkpoints, what happens when things go wrong."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from l2t_fast import L2T, Engine, L2TError
+from l2t_fast import files as checkpoint_module
+from l2t_fast.data.images import Data, TensorSet
+from l2t_fast.files import load_checkpoint, save_checkpoint
+from l2t_fast.training import fit as trainer_module
+from l2t_fast.training.fit import Interrupted, Schedule, evaluate, fit, read_metrics
+
+
+class Stop:
+    """A watch that asks to stop after so many looks."""
+
+    def __init__(self, after: float = math.inf) -> None:
+        self.looks, self.after, self.resumed_at = 0, after, None
+
+    def resumed(self, epoch: int, iteration: int) -> None:
+        self.resumed_at = (epoch, iteration)
+
+    def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None: ...
+
+    def evaluating(self, part: str) -> None: ...
+
+    def epoch(self, row: dict[str, Any]) -> None: ...
+
+    def stop_asked(self) -> bool:
+        self.looks += 1
+        return self.looks > self.after
+
+
+def images(count: int, seed: int, augment: bool) -> TensorSet:
+    """Three classes of noisy stripes that a small network can tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    stripes = (torch.arange(8)[:, None] * (1 + labels[:, None, None, None])) % 4 * 60
+    noise = torch.randint(0, 60, (count, 3, 8, 8), generator=generator)
+    return TensorSet(labels=labels, augment=augment, images=(stripes + noise).to(torch.uint8), flip=True)
+
+
+DATA = Data(images(26, 0, True), images(12, 1, False), images(12, 2, False), num_classes=3, image_shape=(3, 8, 8))
+
+
+def network(classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(0.2),
+        nn.Conv2d(4, 5, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, classes),
+    )
+
+
+def training(seed: int = 0, **settings: Any) -> tuple[Engine, nn.Module]:
+    torch.manual_seed(7)
+    source = network(4)  # not in the checkpoint: it never changes
+    torch.manual_seed(seed)
+    target = network(3)
+    learner = L2T(source, target, source_layers=["2", "5"], target_layers=["2", "5"], example=torch.zeros(2, 3, 8, 8))
+    return Engine(learner, meta_lr=1e-2, **settings), target
+
+
+SCHEDULE = Schedule(epochs=3, batch_size=8, lr=0.05, seed=3)  # 4 iterations an epoch
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Equality to the last bit, through dictionaries."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+# A look after each iteration and each evaluation batch: 5 an epoch, then 2 for the test set.
+@pytest.mark.parametrize("scheme", ["transfer", "simulation"])
+@pytest.mark.parametrize("stops", [[2], [4], [5], [9, 1, 3], [15], [16]], ids=str)
+def test_resume_is_exact_to_the_bit(tmp_path: Path, stops: list[int], scheme: str) -> None:
+    engine, target = training(scheme=scheme)
+    whole = fit(tmp_path / "whole", engine, target, DATA, SCHEDULE, Stop())
+    for i, after in enumerate(stops):
+        stopped, its_target = training(seed=i, scheme=scheme)  # where it resumes, the checkpoint overrides the seed
+        with pytest.raises(Interrupted):
+            fit(tmp_path / "parts", stopped, its_target, DATA, SCHEDULE, Stop(after))
+    resumed, its_target = training(seed=99, scheme=scheme)
+    watch = Stop()
+    parts = fit(tmp_path / "parts", resumed, its_target, DATA, SCHEDULE, watch)
+
+    assert watch.resumed_at is not None
+    assert_same(engine.state_dict(), resumed.state_dict())
+    assert_same({**whole, "seconds": 0}, {**parts, "seconds": 0})
+    assert read_metrics(tmp_path / "whole/metrics.jsonl") == read_metrics(tmp_path / "parts/metrics.jsonl")
+
+
+def test_resume_after_a_kill(tmp_path: Path) -> None:
+    """A killed process leaves an older checkpoint, later metrics and perhaps half a line."""
+    engine, target = training()
+    whole = fit(tmp_path / "whole", engine, target, DATA, SCHEDULE, Stop())
+    killed, its_target = training()
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "killed", killed, its_target, DATA, SCHEDULE, Stop(6))
+    metrics = tmp_path / "killed/metrics.jsonl"
+    later = {"epoch": 1, "iteration": 3, "lr": 0.0, "loss": 7.0}
+    metrics.write_text(metrics.read_text() + json.dumps(later) + '\n{"epoch": 1, "iter')
+    resumed, its_target = training()
+    assert (
+        fit(tmp_path / "killed", resumed, its_target, DATA, SCHEDULE, Stop()).items()
+        >= {"test_accuracy_last": whole["test_accuracy_last"]}.items()
+    )
+    assert read_metrics(metrics) == read_metrics(tmp_path / "whole/metrics.jsonl")
+
+
+def test_result_and_best_weights(tmp_path: Path) -> None:
+    engine, target = training()
+    result = fit(tmp_path, engine, target, DATA, SCHEDULE, Stop())
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    epochs = [row for row in rows if "iteration" not in row]
+    assert len(rows) - len(epochs) == result["iterations"] == 12
+    assert [row["lr"] for row in epochs] == pytest.approx([0.05, 0.0375, 0.0125])
+    accuracies = [row["val_accuracy"] for row in epochs]
+    assert result["best_epoch"] == accuracies.index(max(accuracies))
+    assert result["test_accuracy_last"] == evaluate(target, DATA.test)
+    target.load_state_dict(load_checkpoint(tmp_path / "best.pt")["weights"])
+    assert evaluate(target, DATA.val) == max(accuracies) == result["val_accuracy_best"]
+    assert evaluate(target, DATA.test) == result["test_accuracy_best"]
+    means = [row["loss"] for row in rows if row["epoch"] == 1 and "iteration" in row]
+    assert epochs[1]["loss"] == pytest.approx(sum(means) / len(means))
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
+    engine, target = training()
+    with pytest.raises(Interrupted):
+        fit(tmp_path, engine, target, DATA, SCHEDULE, Stop(6))
+    good = load_checkpoint(tmp_path / "last.pt")
+    engine.learner.projections[1].weight.data.fill_(math.nan)
+    save_checkpoint(tmp_path / "last.pt", {**good, "engine": engine.state_dict()})
+    broken = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(
+        L2TError, match=r"the matching loss of pairs \(0, 0, 1\).* is nan at epoch 1, iteration 2: .*last.pt"
+    ):
+        fit(tmp_path, engine, target, DATA, SCHEDULE, Stop())
+    assert (tmp_path / "last.pt").read_bytes() == broken
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """The last step before a checkpoint may spoil θ with every loss still finite."""
+    engine, target = training()
+    with pytest.raises(Interrupted):
+        fit(tmp_path, engine, target, DATA, SCHEDULE, Stop(2))
+
+    class Spoil(Stop):
+        def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None:
+            target[8].bias.data.fill_(math.inf)
+
+    with pytest.raises(L2TError, match=r"'target.8.bias' is not finite before epoch 0, iteration 4"):
+        fit(tmp_path, engine, target, DATA, SCHEDULE, Spoil())
+    theta = load_checkpoint(tmp_path / "last.pt")["engine"]["theta"]
+    assert all(p.isfinite().all() for p in theta.values())
+
+
+@pytest.mark.parametrize("name", ["1.running_var", "0.weight"])
+def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, name: str) -> None:
+    """Buffers are looked at as parameters are, and best.pt as last.pt."""
+    engine, target = training()
+
+    class Spoil(Stop):
+        def evaluating(self, part: str) -> None:
+            target.state_dict()[name].fill_(math.inf)
+
+    with pytest.raises(L2TError, match=rf"'(target\.)?{name}' is not finite before epoch 0.*nothing was saved yet"):
+        fit(tmp_path, engine, target, DATA, SCHEDULE, Spoil())
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_kill_between_metrics_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, target = training()
+    fit(tmp_path / "whole", engine, target, DATA, SCHEDULE, Stop())
+    killed, its_target = training()
+    calls = []
+
+    def die(path: Path, content: dict[str, Any]) -> None:
+        calls.append(path)
+        if path.name == "last.pt" and len(calls) > 3:
+            raise KeyboardInterrupt
+        save_checkpoint(path, content)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "killed", killed, its_target, DATA, SCHEDULE, Stop())
+    monkeypatch.undo()
+    resumed, its_target = training()
+    fit(tmp_path / "killed", resumed, its_target, DATA, SCHEDULE, Stop())
+    assert read_metrics(tmp_path / "killed/metrics.jsonl") == read_metrics(tmp_path / "whole/metrics.jsonl")
+
+
+def test_checkpoints_are_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, {"value": torch.ones(3)})
+
+    def fail(content: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, {"value": torch.zeros(3)})
+    assert torch.equal(load_checkpoint(path)["value"], torch.ones(3))
+    monkeypatch.undo()
+
+    with pytest.raises(L2TError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "missing.pt")
+    (tmp_path / "short.pt").write_bytes(path.read_bytes()[:100])
+    with pytest.raises(L2TError, match="is damaged"):
+        load_checkpoint(tmp_path / "short.pt")
+    torch.save({"value": 1}, tmp_path / "foreign.pt")
+    with pytest.raises(L2TError, match="is not a checkpoint of l2t_fast"):
+        load_checkpoint(tmp_path / "foreign.pt")
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    engine, target = training()
+    with pytest.raises(Interrupted):
+        fit(tmp_path, engine, target, DATA, SCHEDULE, Stop(3))
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    learner = L2T(network(4), other, source_layers=["2"], target_layers=["1"], example=torch.zeros(2, 3, 8, 8))
+    with pytest.raises(L2TError, match="does not fit the learner"):
+        fit(tmp_path, Engine(learner), other, DATA, SCHEDULE, Stop())
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    engine, target = training()
+    one = Data(images(1, 0, True), DATA.val, DATA.test, 3, (3, 8, 8))
+    with pytest.raises(L2TError, match="1 training images are too few"):
+        fit(tmp_path, engine, target, one, SCHEDULE, Stop())
