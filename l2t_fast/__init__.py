@@ -5,8 +5,25 @@ engine = Engine(learner, lr=0.1)
 metrics = engine.step(x, y)
 """
 
-from l2t_fast.engine.engine import Engine
-from l2t_fast.errors import L2TError
-from l2t_fast.learner.learner import L2T
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from l2t_fast.engine.engine import Engine
+    from l2t_fast.errors import L2TError
+    from l2t_fast.learner.learner import L2T
 
 __all__ = ["L2T", "Engine", "L2TError"]
+
+_PLACES = {"L2T": "l2t_fast.learner.learner", "Engine": "l2t_fast.engine.engine", "L2TError": "l2t_fast.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what is asked for, so that the command line answers --help without loading torch."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'l2t_fast' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -20,7 +20,7 @@ from benchmarks import rows as results
 from benchmarks.cases import Case
 from benchmarks.rows import Row, say, unavailable
 from benchmarks.suites.iterations import CUDA_WARM_UP, MODES, REFERENCE, Way, contender
-from l2t_fast.engine.engine import Mode
+from l2t_fast.choices import Mode
 
 STEPS = 2  # that are profiled
 

@@ -35,8 +35,7 @@ from benchmarks.measure.counts import count
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, name_of, say, unavailable
 from l2t_fast import Engine
-from l2t_fast.engine.bilevel import Memory
-from l2t_fast.engine.engine import Mode, Precision
+from l2t_fast.choices import Memory, Mode, Precision
 
 EXACT = 1e-9  # relative, float64
 TOLERANCE = 1.5  # times PyTorch's own error in the same precision

@@ -1,17 +1,15 @@
 """The two schemes, and the exact derivative of L_meta through their simulated steps."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine.inner_step import Theta
 from l2t_fast.kernels.sgd.step import SGD, sgd_adjoint_, sgd_step
-
-Scheme = Literal["transfer", "simulation"]
-Memory = Literal["save", "recompute"]
 
 Outer = Callable[[Theta], Tensor]
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from l2t_fast.choices import Scheme
 from l2t_fast.engine import inner_step as inner
-from l2t_fast.engine.bilevel import Kind, Scheme, simulated_steps
+from l2t_fast.engine.bilevel import Kind, simulated_steps
 from l2t_fast.engine.inner_step import Batch, Gradient, Theta
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.learner import L2T

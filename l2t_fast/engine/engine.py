@@ -3,24 +3,24 @@
 import copy
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine import bilevel
 from l2t_fast.engine import compile as functions
 from l2t_fast.engine import inner_step as inner
-from l2t_fast.engine.bilevel import Kind, Memory, Scheme
+from l2t_fast.engine.bilevel import Kind
 from l2t_fast.engine.capture import CaptureError, Graphs
 from l2t_fast.engine.compile import Functions, Say
 from l2t_fast.engine.inner_step import Batch
-from l2t_fast.engine.precision import Precision, arithmetic, images, lay_out
+from l2t_fast.engine.precision import arithmetic, images, lay_out
 from l2t_fast.errors import L2TError, UnfitError
 from l2t_fast.kernels.sgd.step import SGD, sgd_step_
 from l2t_fast.learner.learner import L2T
 
-Mode = Literal["auto", "eager", "graph", "compile"]
 Images = Tensor | Sequence[Tensor]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["fp32", "tf32", "bf16"]
+from l2t_fast.choices import Precision
 
 
 @contextmanager

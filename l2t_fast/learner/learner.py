@@ -1,12 +1,12 @@
 """The learner: sources, target, projections r and the meta-networks f ("what") and g ("where")."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l2t_fast.choices import What, Where
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.layers.twins import cast, half_parameters, replace_layers, running_buffers, without_statistics
 from l2t_fast.kernels.matching import aten as torch_impl
@@ -14,9 +14,6 @@ from l2t_fast.kernels.matching import ops
 from l2t_fast.learner.pairs import Pair, PairSpec, resolve_pairs
 from l2t_fast.learner.taps import Outputs, tap
 from l2t_fast.learner.terms import MakeTerm, Networks, Shapes
-
-What = Literal["softmax", "uniform"]
-Where = Literal["relu6", "relu", "relu-avg", "softplus", "fixed"]
 
 _RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {"relu6": F.relu6, "relu": F.relu, "relu-avg": F.relu}
 

@@ -1,13 +1,13 @@
 """Which source layers teach which target layers."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from l2t_fast.choices import PairRule
 from l2t_fast.errors import L2TError, UnfitError
 
 Shape = tuple[int, int, int]  # (C, H, W) of a feature
 
-PairRule = Literal["all-to-all", "one-to-one", "single"]
 PairSpec = PairRule | Sequence[tuple[int, int]] | Sequence[tuple[int, int, int]]
 
 

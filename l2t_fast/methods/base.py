@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from l2t_fast.learner.learner import L2T, What, Where
-from l2t_fast.learner.pairs import PairRule
+from l2t_fast.choices import PairRule, What, Where
+from l2t_fast.learner.learner import L2T
 from l2t_fast.learner.terms import MakeTerm, Term
 
 

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.data.images import DataConfig, DataOptions
 from l2t_fast.data.readers import DATASETS, LARGE
-from l2t_fast.engine.bilevel import Memory, Scheme
-from l2t_fast.engine.engine import Mode
-from l2t_fast.engine.precision import Precision
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
 from l2t_fast.methods import METHODS, find_method
