@@ -1,4 +1,4 @@
-"""BatchNorm's second order (`layers._batch_norm_adjoint`) in Triton: three launches, each feature read twice.
+"""BatchNorm's second order (`batch_norm._batch_norm_adjoint`) in Triton: three launches, each feature read twice.
 
 1. `sums_kernel`: a program owns a block of channels and a part of the positions, and leaves partial sums;
 2. `coefficients_kernel`: adds them up in order (no atomics: the same bits again) and makes of them, channel by channel,
@@ -109,7 +109,7 @@ def coefficients_kernel(
 ):
     """Of each channel, [7, C]: v_g = k₀ x + k₁ u + k₂ and v_x = k₃ x + k₄ u + k₅ g + k₆; and v_γ [C].
 
-    The formulas are those of `layers._batch_norm_adjoint`.
+    The formulas are those of `batch_norm._batch_norm_adjoint`.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     ok = c < C

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2t_fast.kernels.layers.twins import cast
+from l2t_fast.kernels.layers.autograd import cast
 from l2t_fast.kernels.matching import ops
 from l2t_fast.learner.learner import L2T
 from l2t_fast.learner.taps import Outputs

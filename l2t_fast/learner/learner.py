@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from l2t_fast.choices import What, Where
 from l2t_fast.errors import L2TError
-from l2t_fast.kernels.layers.twins import cast, half_parameters, replace_layers, running_buffers, without_statistics
+from l2t_fast.kernels.layers.autograd import cast
+from l2t_fast.kernels.layers.twins import half_parameters, replace_layers, running_buffers, without_statistics
 from l2t_fast.kernels.matching import aten as torch_impl
 from l2t_fast.kernels.matching import ops
 from l2t_fast.learner.pairs import Pair, PairSpec, resolve_pairs

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from l2t_fast import L2T, Engine, L2TError
 from l2t_fast.engine import bilevel
 from l2t_fast.engine import inner_step as inner
-from l2t_fast.kernels.layers import twins as layers
+from l2t_fast.kernels.layers import batch_norm
 from l2t_fast.kernels.matching import ops
 from l2t_fast.kernels.matching import triton_launch as triton_impl
 from l2t_fast.kernels.sgd import step as sgd
@@ -763,7 +763,7 @@ def test_triton_kernels_change_nothing(memory: bilevel.Memory, monkeypatch: pyte
 
     theirs, after = trained()
     monkeypatch.setattr(ops, "implementation", lambda feature: triton_impl)
-    monkeypatch.setattr(layers, "_fused", lambda x: True)
+    monkeypatch.setattr(batch_norm, "_fused", lambda x: True)
     monkeypatch.setattr(sgd, "_fused", lambda tensors: True)
     learner = small_learner()
     S = learner.source_features(X)

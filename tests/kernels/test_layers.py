@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from l2t_fast.errors import L2TError
-from l2t_fast.kernels.layers import twins as layers
-from l2t_fast.kernels.layers.twins import BatchNorm, Convolution, replace_layers
+from l2t_fast.kernels.layers import twins
+from l2t_fast.kernels.layers.batch_norm import BatchNorm
+from l2t_fast.kernels.layers.convolution import Convolution
+from l2t_fast.kernels.layers.twins import replace_layers
 
 pytestmark = pytest.mark.core
 
@@ -174,7 +176,7 @@ def test_user_module_keeps_its_layers_and_shares_tensors() -> None:
     tapped = create_feature_extractor(user, ["0.9"], suppress_diff_warning=True)
     replace_layers(tapped)
     assert [type(m) for m in user.modules()] == kinds
-    assert {type(m) for m in tapped.modules()} >= {layers.Conv2d, layers.BatchNorm2d}
+    assert {type(m) for m in tapped.modules()} >= {twins.Conv2d, twins.BatchNorm2d}
     assert not {type(m) for m in tapped.modules()} & {nn.Conv2d, nn.BatchNorm2d}
     assert tapped.state_dict().keys() == user.state_dict().keys()
     for module in (tapped.float(), user.double(), tapped.half()):
@@ -197,7 +199,7 @@ def test_other_layers_are_left_alone() -> None:
     tapped = create_feature_extractor(network, ["4.1"], suppress_diff_warning=True)
     replace_layers(tapped)
     assert all(tapped.get_submodule(name) is network.get_submodule(name) for name in names)
-    assert isinstance(tapped.get_submodule("3"), layers.Conv2d)
+    assert isinstance(tapped.get_submodule("3"), twins.Conv2d)
     assert tapped.get_submodule("3") is not network[3]
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from l2t_fast.kernels.layers import batch_norm
 from l2t_fast.kernels.layers import batch_norm_triton as triton_norm
-from l2t_fast.kernels.layers import twins as layers
 
 pytestmark = pytest.mark.core
 
@@ -52,8 +52,8 @@ def poison(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float64(shape: tuple[int, ...], layout: Any, primal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = problem(shape, torch.float64, layout, torch.float64)
-    monkeypatch.setattr(layers, "_fused", lambda x: False)
-    expected = layers._batch_norm_adjoint(*arguments, (True, primal, primal))
+    monkeypatch.setattr(batch_norm, "_fused", lambda x: False)
+    expected = batch_norm._batch_norm_adjoint(*arguments, (True, primal, primal))
     like, empty = torch.empty_like, torch.empty
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(like(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
@@ -78,10 +78,10 @@ def test_cotangents_of_another_layout(layout: Any) -> None:
 @pytest.mark.parametrize(("features", "factor"), [(torch.float32, 1.5), (torch.bfloat16, 2.0)])
 def test_lower_precision(features: torch.dtype, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """No worse than ATen in the same precision; the interpreter's bfloat16 cuts where hardware rounds."""
-    monkeypatch.setattr(layers, "_fused", lambda x: False)
+    monkeypatch.setattr(batch_norm, "_fused", lambda x: False)
     arguments = problem((8, 16, 16, 16), features, torch.channels_last, torch.float32)
-    exact = layers._batch_norm_adjoint(*(t.double() for t in arguments), (True, True, True))
-    aten = layers._batch_norm_adjoint(*arguments, (True, True, True))
+    exact = batch_norm._batch_norm_adjoint(*(t.double() for t in arguments), (True, True, True))
+    aten = batch_norm._batch_norm_adjoint(*arguments, (True, True, True))
     ours = triton_norm.adjoint(*arguments, True)
     for name, one, other, wanted in zip(NAMES, ours, aten, exact, strict=True):
         assert one is not None

@@ -1,0 +1,62 @@
+"""What the layers' autograd Functions share: the end of differentiation, and casts of many tensors at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2t_fast.errors import L2TError
+
+
+class Last(torch.autograd.Function):
+    """f(*inputs), which must not be differentiated again (`once_differentiable` is silent in `torch.autograd.grad`)."""
+
+    @staticmethod
+    def forward(f: Callable[..., Any], *inputs: Any) -> Any:
+        return f(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise L2TError(
+            "Conv2d and BatchNorm2d of a tapped network have no third derivative: take it on the untapped module."
+        )
+
+
+# Parameters in lower precision, all at once: many small casts would cost a launch each.
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies of the tensors in another dtype, differentiable."""
+    return Cast.apply(dtype, *tensors)  # type: ignore[no-any-return]
+
+
+class Cast(torch.autograd.Function):
+    """(dtype, *x) -> copies in that dtype, laid out in memory as x."""
+
+    @staticmethod
+    def forward(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _copies(dtype, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.dtypes = [t.dtype for t in inputs[1:]]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> Any:
+        given = [g for g in u if g is not None]
+        wide = iter(_copies(ctx.dtypes[0], given))
+        return None, *(None if g is None else next(wide) for g in u)
+
+
+def _copies(dtype: torch.dtype, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)

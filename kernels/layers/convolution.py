@@ -1,0 +1,101 @@
+"""Convolution with its second order made of the kernels of the first: exact, and cheaper than PyTorch's own.
+
+PyTorch writes the weight part of a convolution's double backward as a convolution whose kernel is a whole feature map.
+In the formulas u is the cotangent of a gradient g_•, v_• what its adjoint gives.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2t_fast.kernels.layers.autograd import Last
+
+_aten = torch.ops.aten
+
+# Dynamo, tracing a Function inside torch.func.vjp by itself, silently loses the second order; AOTAutograd does not.
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def convolution(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """y [B, C_out, H', W'] of x [B, C_in, H, W]; geometry: stride, padding, dilation, groups."""
+    return Convolution.apply(x, w, bias, *geometry)  # type: ignore[no-any-return]
+
+
+class Convolution(torch.autograd.Function):
+    """(x [B, C_in, H, W], w, bias or None, stride, padding, dilation, groups) -> y [B, C_out, H', W']."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        return _convolve(x, w, bias, geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, w, _, *ctx.geometry = inputs
+        ctx.save_for_backward(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        return *ConvolutionBackward.apply(g, x, w, ctx.needs_input_grad[:3], *ctx.geometry), None, None, None, None
+
+
+class ConvolutionBackward(torch.autograd.Function):
+    """(g [B, C_out, H', W'], x, w, mask, *geometry) -> (g_x, g_w, g_bias), None where the mask says no."""
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, w: Tensor, mask: Sequence[bool], *geometry: Any) -> tuple[Tensor | None, ...]:
+        return _convolve_backward(g, x, w, mask, geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        g, x, w, _, *ctx.geometry = inputs
+        ctx.save_for_backward(g, x, w)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> Any:
+        v = Last.apply(_convolution_adjoint, *u, *ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.geometry)
+        return *v, None, None, None, None, None
+
+
+def _convolution_adjoint(
+    u_x: Tensor | None,
+    u_w: Tensor | None,
+    u_bias: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    needs: Sequence[bool],
+    geometry: Sequence[Any],
+) -> tuple[Tensor | None, ...]:
+    """v_g = conv(u_x, w) + conv(x, u_w) + u_bias;  v_x = dgrad(g, u_w);  v_w = wgrad(g, u_x)."""
+    need_g, need_x, need_w = needs
+    terms = [
+        *([_convolve(u_x, w, None, geometry)] if need_g and u_x is not None else []),
+        *([_convolve(x, u_w, None, geometry)] if need_g and u_w is not None else []),
+        *([u_bias[:, None, None].expand_as(g)] if need_g and u_bias is not None else []),
+    ]
+    v_g = functools.reduce(Tensor.add_, terms) if terms else None
+    # One call gives both: dgrad looks at the weight alone, wgrad at the input alone.
+    mask = (need_x and u_w is not None, need_w and u_x is not None, False)
+    v_x, v_w, _ = _convolve_backward(g, x if u_x is None else u_x, w if u_w is None else u_w, mask, geometry)
+    return v_g, v_x, v_w
+
+
+def _convolve(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Sequence[Any]) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
+
+
+def _convolve_backward(
+    g: Tensor, x: Tensor, w: Tensor, mask: Sequence[bool], geometry: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """(g_x, g_w, g_bias) where the mask asks for them."""
+    stride, padding, dilation, groups = geometry
+    if not any(mask):
+        return None, None, None
+    sizes = [w.shape[0]]
+    return _aten.convolution_backward(g, x, w, sizes, stride, padding, dilation, False, (0, 0), groups, mask)  # type: ignore[no-any-return]
