@@ -76,7 +76,7 @@ def measure(engine: Engine, batches: list[tuple[Tensor, Tensor]]) -> Row:
         lam = torch.stack(learner.weights(S)[1])  # [P, B]
         dead = ((lam == 0).all(1) | (lam == 6).all(1)).double().mean()
         theta = inner.parameters(learner)
-        batch = Batch(x, y, *learner.matching_sources(S, learner.resizes(x)), learner.cotangents(S, engine.beta)[0])
+        batch = Batch(x, y, *learner.matching_sources(S, learner.resizes(x)), learner.coefficients(S, engine.beta)[0])
         parts = [
             torch.cat(
                 [g.flatten() for n, g in inner.gradient(learner, theta, batch, **which).theta.items() if "target" in n]

@@ -1,10 +1,14 @@
 """Twins of a network's layers: its parameters, buffers and hooks, with the second order written out in this folder.
 
 The meta-gradient differentiates every layer's backward once more; PyTorch's own double backward is dearer than needed.
+A twin is a class: a layer of a network that runs as it is takes it on for one pass (`Twins`), a layer of a traced
+network for good (`replace_layers`). A call that a twin does not cover (BatchNorm in evaluation mode, half precision,
+autocast, an unbatched image, padding by a word) runs the ordinary forward pass.
 """
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +18,42 @@ from l2t_fast.kernels.layers.batch_norm import batch_norm
 from l2t_fast.kernels.layers.convolution import convolution
 
 
-def replace_layers(network: nn.Module) -> None:
-    """Gives the convolutions and BatchNorms of a feature extractor their twins, in place.
+def twin_of(layer: nn.Module) -> type[nn.Module] | None:
+    """The twin of a layer of exact type `nn.Conv2d`, `nn.BatchNorm2d` or `nn.Linear`; None for any other."""
+    return _TWINS.get(type(layer))
 
-    `network` is what torchvision's `create_feature_extractor` made. Its layers of exact type `nn.Conv2d` (zero padding
-    by a number), `nn.BatchNorm2d` (affine) and `nn.Linear` are replaced by twins that share their parameters, buffers
-    and hooks, also after `.to()` of either. Only the extractor's own containers change: the module it was made of keeps
-    its layers. A call that a twin does not cover (BatchNorm in evaluation mode, half precision, autocast, an unbatched
-    image) runs the ordinary forward pass.
 
-    Raises:
-        L2TError: in the backward pass, for a derivative of third order.
+class Twins:
+    """The layers of a network that have twins, and how they take them on.
+
+    Differentiated a third time, a twin raises L2TError.
     """
-    _replace(network, _replacement)
+
+    def __init__(self, network: nn.Module) -> None:
+        self._layers = [(layer, twin) for layer in network.modules() if (twin := twin_of(layer)) is not None]
+
+    @contextmanager
+    def taken(self, *, simulated: bool) -> Iterator[None]:
+        """Each layer is its twin inside; in simulated passes BatchNorms in training mode leave statistics alone."""
+        taken: list[tuple[nn.Module, type[nn.Module]]] = []
+        try:
+            for layer, twin in self._layers:
+                if twin_of(layer) is twin:  # else it was made something else since, by a parametrization for example
+                    taken.append((layer, type(layer)))
+                    layer.__class__ = BatchStatistics2d if simulated and twin is BatchNorm2d else twin
+            yield
+        finally:
+            for layer, own in taken:
+                layer.__class__ = own
+
+
+def replace_layers(network: nn.Module) -> None:
+    """Gives the layers of a feature extractor their twins, in place.
+
+    `network` is what torchvision's `create_feature_extractor` made. Only its own containers change: the module it was
+    made of keeps its layers, whose parameters, buffers and hooks the twins share, also after `.to()` of either.
+    """
+    _replace(network, twin_of)
 
 
 def without_statistics(network: nn.Module) -> nn.Module:
@@ -59,16 +86,6 @@ def _replace(network: nn.Module, kind_of: Callable[[nn.Module], type[nn.Module] 
                 container._modules[name] = twins[layer]
 
 
-def _replacement(layer: nn.Module) -> type[nn.Module] | None:
-    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        return Conv2d
-    if type(layer) is nn.BatchNorm2d and layer.affine:
-        return BatchNorm2d
-    if type(layer) is nn.Linear:
-        return Linear
-    return None
-
-
 def half_parameters(network: nn.Module) -> list[str]:
     """Names of the parameters to compute with in bfloat16: all but those of BatchNorm, whose kernels take both."""
     return [
@@ -84,7 +101,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         input = _as_weight(input, self.weight)
-        if input.dim() != 4 or input.dtype != self.weight.dtype or _autocast(input):
+        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if not plain or input.dim() != 4 or input.dtype != self.weight.dtype or _autocast(input):
             return super().forward(input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return convolution(input, self.weight, self.bias, *geometry)  # type: ignore[no-any-return]
@@ -124,12 +142,19 @@ class BatchStatistics2d(BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if _normalises(self, input):
             return batch_norm(input, self.weight, self.bias, self.eps)[0]  # type: ignore[no-any-return]
+        if not self.training:
+            return nn.BatchNorm2d.forward(self, input)  # which reads its statistics
         # Without running statistics of its own the ordinary pass has none to change.
         momentum = self.momentum or 0.0
         return F.batch_norm(input, None, None, self.weight, self.bias, True, momentum, self.eps)
 
 
+_TWINS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
+
+
 def _normalises(layer: nn.BatchNorm2d, x: Tensor) -> bool:
+    if layer.weight is None:
+        return False
     several = x.numel() > x.shape[1]  # the ordinary forward pass raises for one value per channel
     full = layer.weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
     mixed = layer.weight.dtype == torch.float32 and x.dtype == torch.bfloat16

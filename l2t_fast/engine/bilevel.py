@@ -1,7 +1,7 @@
 """The two schemes, and the exact derivative of L_meta through their simulated steps."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine.inner_step import Theta
 from l2t_fast.kernels.sgd.step import SGD, sgd_adjoint_, sgd_step
+from l2t_fast.learner.backward_hooks import sweeping
 
 Outer = Callable[[Theta], Tensor]
 
@@ -37,13 +38,23 @@ def simulated_steps(scheme: Scheme, batches: int, inner_steps: int) -> list[Kind
     return [Kind(t % batches, task=True, matching=True) for t in range(inner_steps)]
 
 
+class Surroundings(Protocol):
+    """What a simulated pass reads and changes beside θ: buffers, Python attributes, random generators."""
+
+    def read(self) -> Any:
+        """As they are."""
+
+    def put_back(self, state: Any) -> None:
+        """What `read` gave."""
+
+
 class _Step(NamedTuple):
     """A simulated step, ready to be swept backwards."""
 
     theta: Theta  # at its start; leaves of autograd, those that depend on a as variables
     dtypes: dict[str, torch.dtype]  # of ∇θ there
     g: dict[str, GradientEdge]  # the ends of the graph of ∇θ, whose values are used up; none under memory="recompute"
-    random: list[Tensor]  # state of the generators at its start, under "recompute"
+    surroundings: Any  # at its start, under "recompute"
 
 
 @torch.no_grad()
@@ -57,25 +68,24 @@ def meta_gradient(
     lr: Tensor,
     rule: SGD,
     memory: Memory,
-    random: bool = True,
+    surroundings: Surroundings | None = None,
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """(L_meta, dL_meta/da), exact to second order through all steps; θ and momentum stay as they are.
 
     a: of each batch, a [B, C_s] for each pair. Reverse over reverse: each step's gradient is a graph of its own from
     its θ and a, and the SGD rule between two of them is stepped and swept by hand, in one pass over memory each. The
     first step's θ is a constant, so that no Hessian product with respect to it is ever formed. With "save" the graphs
-    of all steps are kept, with "recompute" each is built once more when it is swept; `random`: a forward pass may draw
-    random numbers (dropout), so that it must draw the same ones then.
+    of all steps are kept, with "recompute" each is built once more when it is swept, in the `surroundings` that it had.
     """
     names = list(theta)
     weights = [[a_p.detach().requires_grad_() for a_p in of_batch] for of_batch in a]
     total: list[list[Tensor | None]] = [[None] * len(of_batch) for of_batch in a]
-    keep, random = memory == "save", random and memory == "recompute"
+    keep, around = memory == "save", None if memory == "save" else surroundings
 
-    steps, theta = _unroll(kinds, gradient, theta, momentum, weights, lr, rule, keep, random)
+    steps, theta = _unroll(kinds, gradient, theta, momentum, weights, lr, rule, keep, around)
     with torch.enable_grad():
         loss = outer(theta)
-    end = random_states(lr.device) if random else []
+    end = around.read() if around is not None else None
     # u: cotangents of θ and of the momentum where a step ends; both are overwritten as the sweep goes on.
     ones = {"loss": torch.ones_like(loss)}
     u_theta = _owned(_grad(_edges({"loss": loss}), list(theta.values()), ones), list(theta.values()))
@@ -89,8 +99,8 @@ def meta_gradient(
         cotangents, u_momentum = sgd_adjoint_(u_theta, u_momentum, dtypes, lr, rule)
         g_bar = dict(zip(names, cotangents, strict=True))
         if not keep:
-            if random:
-                _set_random_states(step.random, lr.device)
+            if around is not None:
+                around.put_back(step.surroundings)
             with torch.enable_grad():
                 g = _edges(gradient(kind, theta, of_batch))
         v = _grad(g, [*of_batch, *theta.values()], g_bar)
@@ -99,8 +109,8 @@ def meta_gradient(
         if v_theta:
             torch._foreach_add_([u for u, _ in v_theta], [x for _, x in v_theta])
         del step, g, v, v_theta  # before the next step's are made
-    if random:
-        _set_random_states(end, lr.device)
+    if around is not None:
+        around.put_back(end)
     grads_a = [
         [torch.zeros_like(p) if x is None else x for p, x in zip(of_batch, sums, strict=True)]
         for of_batch, sums in zip(a, total, strict=True)
@@ -117,7 +127,7 @@ def _unroll(
     lr: Tensor,
     rule: SGD,
     keep: bool,
-    random: bool,
+    around: Surroundings | None,
 ) -> tuple[list[_Step], Theta]:
     """(the steps, θ after them as leaves of autograd); the graphs of the steps are built, and kept if `keep`."""
     theta = {name: p.detach() for name, p in theta.items()}
@@ -125,7 +135,7 @@ def _unroll(
     reached: set[str] = set()  # parameters that depend on a by now; none in the first step
     for kind in kinds:
         start = _leaves(theta, reached)
-        state = random_states(lr.device) if random else []
+        state = around.read() if around is not None else None
         with torch.enable_grad():
             g = gradient(kind, start, weights[kind.batch])
         steps.append(_Step(start, {name: x.dtype for name, x in g.items()}, _edges(g) if keep else {}, state))
@@ -141,17 +151,6 @@ def _leaves(tensors: Theta, variables: set[str]) -> Theta:
     return {name: tensor.detach().requires_grad_(name in variables) for name, tensor in tensors.items()}
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """Of the generators that a forward pass may draw from (dropout): the CPU's and, on CUDA, the device's."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
 def _edges(tensors: Mapping[str, Tensor]) -> dict[str, GradientEdge]:
     """Where the graphs of those end that are no constants."""
     return {name: get_gradient_edge(x) for name, x in tensors.items() if x.requires_grad}
@@ -160,15 +159,13 @@ def _edges(tensors: Mapping[str, Tensor]) -> dict[str, GradientEdge]:
 def _grad(
     outputs: Mapping[str, GradientEdge], inputs: Sequence[Tensor], cotangents: Mapping[str, Tensor | None]
 ) -> list[Tensor | None]:
-    """`torch.autograd.grad`; None for an input that is a constant or that no output depends on."""
+    """`torch.autograd.grad` without the hooks of modules; None for a constant, or what no output depends on."""
     variables = [x for x in inputs if x.requires_grad]
     if not outputs or not variables:
         return [None] * len(inputs)
-    grads = iter(
-        torch.autograd.grad(
-            list(outputs.values()), variables, [cotangents[name] for name in outputs], allow_unused=True
-        )
-    )
+    with sweeping():
+        ends, us = list(outputs.values()), [cotangents[name] for name in outputs]
+        grads = iter(torch.autograd.grad(ends, variables, us, allow_unused=True))
     return [next(grads) if x.requires_grad else None for x in inputs]
 
 

@@ -1,4 +1,4 @@
-"""The functions that an iteration is made of, as they are or compiled."""
+"""The steps that an iteration is made of, as they are or compiled."""
 
 import types
 from collections.abc import Callable, Sequence
@@ -10,63 +10,70 @@ import torch
 from torch import Tensor
 
 from l2t_fast.choices import Scheme
-from l2t_fast.engine import inner_step as inner
+from l2t_fast.engine import inner_step
 from l2t_fast.engine.bilevel import Kind, simulated_steps
 from l2t_fast.engine.inner_step import Batch, Gradient, Theta
 from l2t_fast.errors import L2TError
-from l2t_fast.learner.learner import L2T
+from l2t_fast.learner.learner import L2T, AnyNetworks
 
 BACKEND = "inductor"  # of torch.compile
 
 Say = Callable[[str], object]  # writes text as it is
+Buffers = dict[str, Tensor]  # of the target, by name
 Result = TypeVar("Result")
 
 
-class Prepared(NamedTuple):
-    """What one batch needs once an iteration."""
+class Matched(NamedTuple):
+    """What one batch needs of the sources, once an iteration."""
 
     S: list[Tensor]  # see `L2T.matching_sources`
     source_of: list[int]
     a: list[Tensor]  # [B, C_s] of each pair, with its graph to φ
     lam: list[Tensor]  # λ [B] of each pair
-    given: list[list[Tensor]]  # what each term keeps of the sources
+    kept: list[list[Tensor]]  # what each term keeps of the sources
 
 
 @dataclass(frozen=True)
-class Functions:
-    """prepare(x, `L2T.resizes`(x)); gradient(kind, simulated, θ, batch) of L_org + L_wfm as `kind` says;
-    task_loss(θ, x, y)."""
+class Steps:
+    """What an iteration is made of.
 
-    prepare: Callable[[Tensor, bool], Prepared]
-    gradient: Callable[[Kind, bool, Theta, Batch], Gradient]
-    task_loss: Callable[[Theta, Tensor, Tensor], Tensor]
+    source_pass(x, `L2T.resizes`(x)); gradient(kind, simulated, θ, batch, buffers) of L_org + L_wfm as `kind` says;
+    task_loss(θ, x, y, buffers). functional: the real step, too, wants the target's buffers, and gives back new ones.
+    """
+
+    source_pass: Callable[[Tensor, bool], Matched]
+    gradient: Callable[[Kind, bool, Theta, Batch, Buffers], Gradient]
+    task_loss: Callable[[Theta, Tensor, Tensor, Buffers], Tensor]
+    functional: bool = False
 
 
-def plain(learner: L2T, beta: float) -> Functions:
+def plain_steps(learner: L2T, beta: float, networks: AnyNetworks | None = None) -> Steps:
     """Each operation as PyTorch runs it."""
 
-    def prepare(x: Tensor, resized: bool) -> Prepared:
-        S, given = learner.prepare(x)
-        return Prepared(*learner.matching_sources(S, resized), *learner.cotangents(S, beta), given)
+    def source_pass(x: Tensor, resized: bool) -> Matched:
+        S, kept = learner.source_pass(x, networks)
+        return Matched(*learner.matching_sources(S, resized), *learner.coefficients(S, beta), kept)
 
-    def gradient(kind: Kind, simulated: bool, theta: Theta, batch: Batch) -> Gradient:
-        return inner.gradient(learner, theta, batch, task=kind.task, matching=kind.matching, simulated=simulated)
+    def gradient(kind: Kind, simulated: bool, theta: Theta, batch: Batch, buffers: Buffers) -> Gradient:
+        of_kind = {"task": kind.task, "matching": kind.matching, "simulated": simulated}
+        return inner_step.gradient(learner, theta, batch, **of_kind, buffers=buffers, networks=networks)
 
-    def task_loss(theta: Theta, x: Tensor, y: Tensor) -> Tensor:
-        return inner.task_loss(learner, theta, x, y)
+    def task_loss(theta: Theta, x: Tensor, y: Tensor, buffers: Buffers) -> Tensor:
+        return inner_step.task_loss(learner, theta, x, y, buffers=buffers, networks=networks)
 
-    return Functions(prepare, gradient, task_loss)
+    return Steps(source_pass, gradient, task_loss)
 
 
-def compiled(functions: Functions, units: Sequence[str], say: Say) -> Functions:
-    """Each function through torch.compile, once for each of the `units` that it is called for.
+def compiled_steps(learner: L2T, beta: float, units: Sequence[str], say: Say) -> Steps:
+    """Each step on the traced networks through torch.compile, once for each of the `units` that it is called for.
 
     The unit is one inner step, never the unrolled iteration: the cost does not grow with T. The step's adjoint is the
     compiled backward. The first call of a unit compiles and tells `say` how far it is.
 
     Raises:
-        L2TError: in a first call, where PyTorch cannot compile the unit.
+        L2TError: networks that cannot be traced; in a first call, where PyTorch cannot compile the unit.
     """
+    steps = plain_steps(learner, beta, learner.traced_networks())
     made: dict[str, Callable[..., Any]] = {}
 
     def run(unit: str, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -90,24 +97,25 @@ def compiled(functions: Functions, units: Sequence[str], say: Say) -> Functions:
         made[unit] = attempt
         return result
 
-    def gradient(kind: Kind, simulated: bool, theta: Theta, batch: Batch) -> Gradient:
-        def of_kind(theta: Theta, batch: Batch) -> Gradient:
-            return functions.gradient(kind, simulated, theta, batch)
+    def gradient(kind: Kind, simulated: bool, theta: Theta, batch: Batch, buffers: Buffers) -> Gradient:
+        def of_kind(theta: Theta, batch: Batch, buffers: Buffers) -> Gradient:
+            return steps.gradient(kind, simulated, theta, batch, buffers)
 
         first = not any(p.requires_grad for p in theta.values())
-        return run(name_of(kind, simulated, first), of_kind, theta, batch)
+        return run(unit_of(kind, simulated, first), of_kind, theta, batch, buffers)
 
-    return Functions(
-        lambda x, resized: run(SOURCES, functions.prepare, x, resized),
+    return Steps(
+        lambda x, resized: run(SOURCES, steps.source_pass, x, resized),
         gradient,
-        lambda theta, x, y: run(OUTER, functions.task_loss, theta, x, y),
+        lambda theta, x, y, buffers: run(OUTER, steps.task_loss, theta, x, y, buffers),
+        functional=True,
     )
 
 
 SOURCES, OUTER = "source features", "meta loss"
 
 
-def name_of(kind: Kind, simulated: bool, first: bool) -> str:
+def unit_of(kind: Kind, simulated: bool, first: bool) -> str:
     """What a step is called; the first simulated one, whose θ is a constant, is compiled by itself."""
     if not simulated:
         return "real step"
@@ -115,10 +123,10 @@ def name_of(kind: Kind, simulated: bool, first: bool) -> str:
     return f"first {name}" if first else name
 
 
-def units(scheme: Scheme, inner_steps: int, sources: bool, meta: bool) -> list[str]:
-    """What `compiled` compiles for an iteration, in order."""
+def units_of(scheme: Scheme, inner_steps: int, sources: bool, meta: bool) -> list[str]:
+    """What `compiled_steps` compiles for an iteration, in order."""
     steps = simulated_steps(scheme, 1, min(inner_steps, 2)) if meta else []
-    names = [name_of(kind, True, first=t == 0) for t, kind in enumerate(steps)]
+    names = [unit_of(kind, True, first=t == 0) for t, kind in enumerate(steps)]
     return [*([SOURCES] if sources else []), "real step", *dict.fromkeys(names), *([OUTER] if meta else [])]
 
 

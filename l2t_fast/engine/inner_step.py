@@ -1,21 +1,21 @@
-"""The gradient that one inner step takes, as a pure function of θ.
+"""The gradient that one inner step takes, as a function of θ.
 
 θ is a dictionary: the target's trainable parameters ("target.NAME"), the projections r ("projections.I.weight",
 "projections.I.bias") and the parameters of terms ("terms.I.NAME"). Everything here can be differentiated again by plain
-autograd, and compiled.
+autograd; on traced networks it can be compiled.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2t_fast.kernels.layers.autograd import cast
+from l2t_fast.errors import L2TError
 from l2t_fast.kernels.matching import ops
-from l2t_fast.learner.learner import L2T
-from l2t_fast.learner.taps import Outputs
+from l2t_fast.learner.learner import L2T, AnyNetworks
+from l2t_fast.learner.network import Outputs, Runs
 
 Theta = dict[str, Tensor]
 
@@ -23,14 +23,14 @@ _TARGET, _TERMS = "target.", "terms."
 
 
 class Batch(NamedTuple):
-    """Images, labels, and what neither θ nor the step changes: source features and weights (kernels.ops)."""
+    """Images, labels, and what neither θ nor the step changes: source features and coefficients."""
 
     x: Tensor  # [B, C, H, W]; bfloat16 beside float32 parameters: computed in bfloat16
     y: Tensor  # [B]
     S: list[Tensor]  # see `L2T.matching_sources`
     source_of: list[int]  # of each pair
     a: list[Tensor]  # [B, C_s] of each pair
-    given: Sequence[list[Tensor]] = ()  # what each term keeps of the sources
+    kept: Sequence[list[Tensor]] = ()  # what each term keeps of the sources
 
 
 class Gradient(NamedTuple):
@@ -41,7 +41,7 @@ class Gradient(NamedTuple):
     logits: Tensor  # [B, classes]
     distances: list[Tensor]  # E [B, C_s] of each pair, where asked for
     terms: list[Tensor]  # value of each term, scalars, where it entered
-    buffers: dict[str, Tensor]  # those of the target after this forward pass
+    buffers: dict[str, Tensor]  # what the forward pass left in the places of the buffers that were given to it
 
 
 # (losses and T, (L_org, logits, terms, buffers)); named, since Dynamo cannot build such an annotation.
@@ -58,35 +58,53 @@ def parameters(learner: L2T) -> Theta:
 
 
 def gradient(
-    learner: L2T, theta: Theta, batch: Batch, *, task: bool, matching: bool, simulated: bool = True
+    learner: L2T,
+    theta: Theta,
+    batch: Batch,
+    *,
+    task: bool,
+    matching: bool,
+    simulated: bool = True,
+    buffers: Mapping[str, Tensor] | None = None,
+    networks: AnyNetworks | None = None,
 ) -> Gradient:
-    """∇θ of L_org (`task`) and of L_wfm (`matching`), with batch statistics; no buffer of the target is touched.
+    """∇θ of L_org (`task`) and of L_wfm (`matching`), with what the target's modes and hooks make of it.
 
     Both together are L_total, which has the terms too. L_wfm enters by its gradient alone; only where the step is not
-    `simulated` its value is wanted: the distances are returned then, and the buffers as the forward pass leaves them.
+    `simulated` its value is wanted, and the distances are returned. `buffers` of the target are copied, and the copies
+    stand in their places; without any, the pass changes the target's own.
     """
+    networks = networks or learner.networks
     pairs = range(len(learner.pairs))
     total = task and matching
     matching = matching and len(pairs) > 0
 
     def forward(target: Theta, heads: Theta) -> _Forward:
-        loss, outputs, buffers = _outputs(learner, target, batch.x, batch.y, simulated)
-        values = _terms(learner, target, heads, batch, outputs) if total else []
+        copies = _copies(buffers)
+        outputs, loss, logits = _outputs(networks.target, target, copies, batch.x, batch.y, simulated)
+        values = _terms(learner, networks.target, target, copies, heads, batch, outputs) if total else []
         T = learner.paired(outputs) if matching else []
-        assert outputs.logits is not None
-        return [*([sum(values, loss)] if task else []), *T], (loss, outputs.logits, values, buffers)
+        return [*([sum(values, loss)] if task else []), *T], (loss, logits, values, copies)
 
     heads = {name.removeprefix(_TERMS): p for name, p in theta.items() if name.startswith(_TERMS)} if total else {}
-    outputs, pull, (loss, logits, values, buffers) = torch.func.vjp(  # type: ignore[misc]
-        forward, _of_target(learner, theta, batch.x.dtype), heads, has_aux=True
-    )
+    of_target = _of_target(networks.target, theta, batch.x.dtype)
+    constant = not any(p.requires_grad for p in theta.values())
+    if networks.traced:
+        outputs, pull, auxiliary = torch.func.vjp(forward, of_target, heads, has_aux=True)  # type: ignore[misc]
+    else:
+        pull = _PullBack(forward, of_target, heads)
+        outputs, auxiliary = pull.outputs, pull.auxiliary
+    loss, logits, values, after = auxiliary
     cotangents = [torch.ones_like(loss)] if task else []
+    T = outputs[len(cotangents) :]
     E: list[Tensor] = []
     grads: Theta = {}
     if matching:
         r, bias = [theta[f"projections.{i}.weight"] for i in pairs], [theta[f"projections.{i}.bias"] for i in pairs]
+        # Where θ is a constant, so is T to whoever differentiates this.
+        points = [t.detach() for t in T] if constant and not networks.traced else T
         E, g_T, g_r, g_bias = ops.matching_gradient(
-            outputs[len(cotangents) :], batch.S, r, bias, batch.a, batch.source_of, learner.target_of, not simulated
+            points, batch.S, r, bias, batch.a, batch.source_of, learner.target_of, not simulated
         )
         cotangents = cotangents + g_T
         grads = {
@@ -97,44 +115,136 @@ def gradient(
     # The frozen parameters that are computed with in bfloat16 come along, but are no part of θ.
     grads |= {f"{_TARGET}{name}": g for name, g in g_target.items() if f"{_TARGET}{name}" in theta}
     grads |= {f"{_TERMS}{name}": g for name, g in g_heads.items()}
-    return Gradient(grads, loss, logits, E, values, buffers)
+    if not networks.traced:
+        if constant and task and torch.is_grad_enabled():  # what cross entropy alone reaches depends on no a
+            of_T = {f"{_TARGET}{name}" for name in _upstream(T, pull.target)}
+            of_matching = of_T | {name for name in grads if name.startswith("projections.")}
+            grads = {name: g if name in of_matching else g.detach() for name, g in grads.items()}
+        grads = {name: _hooked(learner, name, g) for name, g in grads.items()}
+        loss, logits, values = loss.detach(), logits.detach(), [value.detach() for value in values]
+        after = {name: buffer.detach() for name, buffer in after.items()}
+    return Gradient(grads, loss, logits, E, values, after)
 
 
-def task_loss(learner: L2T, theta: Theta, x: Tensor, y: Tensor) -> Tensor:
-    """L_org of (x, y) at θ with batch statistics, differentiable in θ; no buffer of the target is touched."""
-    return _outputs(learner, _of_target(learner, theta, x.dtype), x, y, simulated=True)[0]
+def task_loss(
+    learner: L2T,
+    theta: Theta,
+    x: Tensor,
+    y: Tensor,
+    *,
+    buffers: Mapping[str, Tensor] | None = None,
+    networks: AnyNetworks | None = None,
+) -> Tensor:
+    """L_org of (x, y) at θ, differentiable in θ; `buffers` of the target are copied for it."""
+    network = (networks or learner.networks).target
+    return _outputs(network, _of_target(network, theta, x.dtype), _copies(buffers), x, y, simulated=True)[1]
 
 
-def _outputs(learner: L2T, target: Theta, x: Tensor, y: Tensor, simulated: bool) -> tuple[Tensor, Outputs, Theta]:
-    """(L_org, the target's outputs, the buffers after this pass, which were copied for it)."""
-    outputs, buffers = _run(learner, target, x, simulated)
+def _copies(buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in (buffers or {}).items()}
+
+
+def _outputs(
+    network: Runs, target: Theta, buffers: dict[str, Tensor], x: Tensor, y: Tensor, simulated: bool
+) -> tuple[Outputs, Tensor, Tensor]:
+    """(the target's outputs, L_org, the logits)."""
+    outputs = network.run(x, target, buffers, simulated=simulated)
     assert outputs.logits is not None
-    return F.cross_entropy(outputs.logits, y), outputs, buffers
+    logits = outputs.logits.float() if outputs.logits.dtype == torch.bfloat16 else outputs.logits
+    return outputs, F.cross_entropy(logits, y), logits
 
 
-def _run(learner: L2T, target: Theta, x: Tensor, simulated: bool) -> tuple[Outputs, Theta]:
-    buffers = {name: buffer.clone() for name, buffer in learner.running_buffers(simulated=simulated).items()}
-    state = {**target, **buffers}
-    outputs = learner.all_target_outputs(x, state, simulated=simulated)
-    if outputs.logits is not None and outputs.logits.dtype == torch.bfloat16:
-        outputs = outputs._replace(logits=outputs.logits.float())
-    return outputs, {name: state[name] for name in buffers}
-
-
-def _terms(learner: L2T, target: Theta, heads: Theta, batch: Batch, outputs: Outputs) -> list[Tensor]:
+def _terms(
+    learner: L2T,
+    network: Runs,
+    target: Theta,
+    buffers: Mapping[str, Tensor],
+    heads: Theta,
+    batch: Batch,
+    outputs: Outputs,
+) -> list[Tensor]:
     """The value of each term."""
+
+    def run(x: Tensor) -> Outputs:
+        return network.run(x, target, _copies(buffers), simulated=True)
+
     values: list[Tensor] = []
-    for i, (term, given) in enumerate(zip(learner.terms, batch.given, strict=True)):
+    for i, (term, kept) in enumerate(zip(learner.terms, batch.kept, strict=True)):
         own = {name.removeprefix(f"{i}."): p for name, p in heads.items() if name.startswith(f"{i}.")}
-        arguments = (given, batch.x, outputs, lambda x: _run(learner, target, x, simulated=True)[0])
-        values.append(torch.func.functional_call(term, own, arguments))
+        values.append(torch.func.functional_call(term, own, (kept, batch.x, outputs, run)))
     return values
 
 
-def _of_target(learner: L2T, theta: Theta, dtype: torch.dtype) -> dict[str, Tensor]:
+def _of_target(network: Runs, theta: Theta, dtype: torch.dtype) -> Theta:
     """The target's part of θ, by the target's own names, as it is computed with on images of `dtype`."""
     target = {name.removeprefix(_TARGET): p for name, p in theta.items() if name.startswith(_TARGET)}
-    if dtype == torch.bfloat16 and learner.half_target:
-        wide = [target[name] if name in target else learner.target.get_parameter(name) for name in learner.half_target]
-        target |= zip(learner.half_target, cast(dtype, *wide), strict=True)
-    return target
+    return network.in_precision(dtype, target)
+
+
+class _PullBack:
+    """`torch.func.vjp` with auxiliary outputs by plain autograd, under which any Python runs as it always does.
+
+    Called with the cotangents of `outputs`, it leaves out what these do not reach; it is differentiable where gradients
+    are enabled.
+    """
+
+    def __init__(self, forward: Callable[[Theta, Theta], _Forward], target: Theta, heads: Theta) -> None:
+        self.target, self.heads = _variables(target), _variables(heads)
+        with torch.enable_grad():
+            self.outputs, self.auxiliary = forward(self.target, self.heads)
+
+    def __call__(self, cotangents: list[Tensor]) -> tuple[Theta, Theta]:
+        reached = [(y, u) for y, u in zip(self.outputs, cotangents, strict=True) if y.requires_grad]
+        inputs = [*self.target.values(), *self.heads.values()]
+        found: Sequence[Any] = [None] * len(inputs)
+        if reached and inputs:
+            ys, us = zip(*reached, strict=True)
+            found = torch.autograd.grad(ys, inputs, us, create_graph=torch.is_grad_enabled(), allow_unused=True)
+        grads = iter(found)
+        ours, theirs = ({name: next(grads) for name in tensors} for tensors in (self.target, self.heads))
+        return _given(ours), _given(theirs)
+
+
+def _variables(tensors: Theta) -> Theta:
+    return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in tensors.items()}
+
+
+def _upstream(outputs: Sequence[Tensor], leaves: Theta) -> set[str]:
+    """The names of the leaves of autograd that the outputs depend on."""
+    names = {id(p): name for name, p in leaves.items()}
+    nodes: list[Any] = [y.grad_fn for y in outputs]
+    seen: set[Any] = set()
+    found: set[str] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            found.add(names[id(variable)])
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+def _given(grads: Mapping[str, Tensor | None]) -> Theta:
+    return {name: g for name, g in grads.items() if g is not None}
+
+
+def _hooked(learner: L2T, name: str, g: Tensor) -> Tensor:
+    """What the hooks of the user's parameter make of its gradient.
+
+    Raises:
+        L2TError: a hook that gives another shape.
+    """
+    p = learner.networks.target.parameters.get(name.removeprefix(_TARGET)) if name.startswith(_TARGET) else None
+    if p is None or not p._backward_hooks:
+        return g
+    for hook in list(p._backward_hooks.values()):
+        changed = hook(g)
+        if changed is not None and changed.shape != g.shape:
+            raise L2TError(
+                f"a hook of '{name}' makes {list(changed.shape)} of a gradient {list(g.shape)}: keep its shape."
+            )
+        g = g if changed is None else changed
+    return g

@@ -1,257 +1,297 @@
-"""Features of named layers of any module, by torchvision's feature extractor (torch.fx)."""
+"""Tapped layers: which call of which module a name means, found out by running the network once."""
 
 import difflib
-import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
-from torch import Tensor, fx, nn
-from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2t_fast.errors import L2TError
+from l2t_fast.learner.generators import generators_kept
 from l2t_fast.learner.pairs import Shape
-
-_OUTPUT, _HIDDEN = "output", "hidden"
-
-
-class Outputs(NamedTuple):
-    """What one forward pass of a tapped network gives."""
-
-    features: list[Tensor]  # [B, C, H, W] of each tapped layer
-    logits: Tensor | None  # [B, classes], if the output was asked for
-    hidden: Tensor | None  # [B, C], what the last Linear reads, if the output comes from one
+from l2t_fast.learner.places import read_attributes, set_attributes
 
 
 @dataclass(frozen=True)
-class Taps:
-    """A network that returns its features: `network(x)` is a dictionary, `split` puts it in order.
+class Tap:
+    """A layer, called for the (`call` + 1)-th time in a forward pass."""
 
-    `network` shares parameters and submodules with the module it was made of; parameters and layers that neither the
-    tapped layers nor the output need are left out.
-    """
+    name: str
+    module: nn.Module
+    call: int = 0
 
-    network: nn.Module
-    nodes: tuple[str, ...]
+    def pick(self, output: Any) -> Tensor:
+        """The feature in what the layer returned."""
+        assert isinstance(output, Tensor)
+        return output
+
+    def as_map(self, feature: Tensor) -> Tensor:
+        """[B, C, H, W]."""
+        return feature
+
+
+class Found(NamedTuple):
+    """What one forward pass tells of a network."""
+
+    taps: list[Tap]
     shapes: tuple[Shape, ...]
-    classes: int  # logits of the output, 0 without
-    hidden: int  # channels of what the last Linear reads; 0 without the output, or where it comes from something else
-
-    def split(self, outputs: dict[str, Tensor]) -> Outputs:
-        """The dictionary in order."""
-        return Outputs([outputs[node] for node in self.nodes], outputs.get(_OUTPUT), outputs.get(_HIDDEN))
+    classes: int
+    hidden: int
+    last_linear: nn.Module | None  # whose output is the network's
 
 
-def tap(module: nn.Module, layers: Sequence[str], example: Tensor, *, role: str, output: bool) -> Taps:
-    """Taps `layers` of `module`, named as in `named_modules()`.
-
-    A layer inside the module may also have torchvision's node name (`layer1.0.relu_1`: the second call of a module
-    that is called twice). `example` [B, C, H, W] tells the shape of an image. With `output` the
-    whole module's output is returned too and both modes are kept, without it the network is for evaluation.
-    `role` ("target", "source 0") names the module in errors.
+def unwrapped(module: nn.Module, role: str) -> nn.Module:
+    """The user's own module, out of `torch.compile`, DataParallel and DistributedDataParallel.
 
     Raises:
-        L2TError: a module that torch.fx cannot trace, an unknown layer (the nearest names are listed), a layer that
-            is never called or called several times, a feature that is not [B, C, H, W], a feature that is overwritten
-            in place later in the forward pass, a traced module that computes something else.
+        L2TError: a scripted or exported module, which has no Python to run.
+    """
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(module, torch._dynamo.OptimizedModule):
+            module = module._orig_mod
+        elif isinstance(module, torch.jit.ScriptModule):
+            raise L2TError(f"the {role} is a scripted module: give the Python module that it was made of.")
+        else:
+            return module
+
+
+def check_module(module: nn.Module, role: str) -> None:
+    """Raises L2TError for a network whose parameters are not there yet."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(tensor):
+            raise L2TError(
+                f"'{name}' of the {role} has no shape yet (a lazy layer): run the network on one batch of images first."
+            )
+
+
+def find_taps(
+    module: nn.Module,
+    layers: Sequence[str],
+    example: Tensor,
+    *,
+    role: str,
+    output: bool,
+    logits: int | str | None,
+    layout: Mapping[str, str],
+) -> Found:
+    """Taps `layers` of `module`, named as in `named_modules()`; `relu_1` is the second call of `relu`.
+
+    The module runs once, in the modes that it is in, on images like `example` [B, C, H, W]; everything is put back.
+    Without `output` the features alone are wanted. `role` ("target", "source 0") names the module in errors.
+
+    Raises:
+        L2TError: an unknown layer (the nearest names are listed), a layer that is never called or called several
+            times, a feature that is no map, a feature that is overwritten in place later in the forward pass, a
+            network that cannot run on such images or does not return logits [B, classes].
     """
     if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
         raise L2TError(f"the layers of the {role} must be a list of names, not {layers!r}.")
-    keys = tuple(f"tap{i}" for i in range(len(layers)))
-    with _undisturbed(module), torch.no_grad():
+    modules = dict(module.named_modules())
+    watched = {layer: _module_of(layer, modules) for layer in layers}
+    x_shape = (2, *example.shape[1:])  # two, since BatchNorm cannot train on one image
+    with undisturbed(module, example.device), torch.no_grad():
         torch.manual_seed(0)
-        x = torch.randn(2, *example.shape[1:]).to(example)  # two, since BatchNorm cannot train on one image
-        nodes = {training: _resolve(module, layers, training, role, output) for training in (True, False)}
-        if not all(_HIDDEN in of_mode.values() for of_mode in nodes.values()):
-            nodes = {t: {node: key for node, key in n.items() if key != _HIDDEN} for t, n in nodes.items()}
-        was_training = module.training
-        network = create_feature_extractor(
-            module,
-            train_return_nodes=nodes[True],
-            eval_return_nodes=nodes[False],
-            suppress_diff_warning=True,
-        )
-        for training in (False, True) if output else (False,):
-            outputs = _checked_run(module.train(training), network.train(training), layers, x, role)
-        network.train(was_training and output)
-    features = [outputs[key] for key in keys]
-    for layer, feature in zip(layers, features, strict=True):
-        if not isinstance(feature, Tensor) or feature.dim() != 4:
-            shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-            raise L2TError(
-                f"layer '{layer}' of the {role} gives {shape}, but only features [B, C, H, W] can be matched."
-            )
-    if output and outputs[_OUTPUT].dim() != 2:
-        raise L2TError(f"the {role} returns {list(outputs[_OUTPUT].shape)}, not logits [B, classes]: wrap it to do so.")
-    shapes = tuple((f.shape[1], f.shape[2], f.shape[3]) for f in features)
-    hidden = outputs[_HIDDEN].shape[1] if _HIDDEN in outputs else 0
-    return Taps(network, keys, shapes, outputs[_OUTPUT].shape[1] if output else 0, hidden)
-
-
-class _ModuleTracer(NodePathTracer):  # type: ignore[misc]
-    """Notes which graph node each call of each module returned."""
-
-    def __init__(self) -> None:
-        # As create_feature_extractor does: the names of the nodes depend on it.
-        operators = [c for _, c in inspect.getmembers(torchvision.ops, inspect.isclass) if issubclass(c, nn.Module)]
-        super().__init__(autowrap_modules=(math, torchvision.ops), leaf_modules=operators)
-        self.results: dict[str, list[Any]] = {}
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        result = super().call_module(m, forward, args, kwargs)
-        self.results.setdefault(self.path_of_module(m), []).append(result)
-        return result
-
-
-def _resolve(module: nn.Module, layers: Sequence[str], training: bool, role: str, output: bool) -> dict[str, str]:
-    """{name of a graph node: key in the extractor's dictionary}, for one mode of the module."""
-    tracer = _ModuleTracer()
-    try:
-        graph = tracer.trace(module.train(training))
-    except Exception as error:  # whatever a forward pass may raise on a symbolic input
-        raise L2TError(
-            f"torch.fx cannot trace the {role} ({type(module).__name__}): {_first_line(error)} Rewrite the "
-            "data-dependent part of its forward pass, or mark it with torch.fx.wrap."
-        ) from error
-    names: dict[fx.Node, str] = tracer.node_to_qualname
-    nodes: dict[str, str] = {}
-    if output:
-        (result,) = (node.args[0] for node in graph.nodes if node.op == "output")
-        if not isinstance(result, fx.Node) or result not in names:  # a named tuple has a node, but no name
-            raise L2TError(f"the {role} returns {type(result).__name__}, not one tensor of logits: wrap it to do so.")
-        nodes[names[result]] = _OUTPUT
-    for i, layer in enumerate(layers):
-        node = _node_of(module, layer, tracer, role)
-        if nodes.get(node) == _OUTPUT:
+        trial = _Trial({m for found in watched.values() if found for m in [found[0]]})
+        result = trial.run(module, torch.randn(x_shape).to(example), role)
+    taps: list[Tap] = []
+    features: list[Tensor] = []
+    for layer in layers:
+        tap, feature = _tap(layer, watched[layer], modules, trial, role)
+        if output and feature is result:
             raise L2TError(f"layer '{layer}' is the output of the {role}, not a feature: tap an earlier layer.")
-        nodes.setdefault(node, f"tap{i}")
-        if nodes[node] != f"tap{i}":
-            other = layers[int(nodes[node].removeprefix("tap"))]
-            raise L2TError(f"layers '{layer}' and '{other}' of the {role} are the same feature: give it once.")
-    if output and result.op == "call_module" and isinstance(module.get_submodule(str(result.target)), nn.Linear):
-        read = result.args[0]
-        if isinstance(read, fx.Node) and read in names:
-            nodes.setdefault(names[read], _HIDDEN)
-    return nodes
+        same = next((taps[i].name for i, other in enumerate(features) if other is feature), None)
+        if same is not None:
+            raise L2TError(f"layers '{layer}' and '{same}' of the {role} are the same feature: give it once.")
+        if feature.dim() != 4:
+            raise L2TError(
+                f"layer '{layer}' of the {role} gives {list(feature.shape)}, but only features [B, C, H, W] can be "
+                "matched."
+            )
+        taps.append(tap)
+        features.append(feature)
+    trial.check_overwritten(taps, role, to_the_end=output)
+    shapes = tuple((f.shape[1], f.shape[2], f.shape[3]) for f in features)
+    if not output:
+        return Found(taps, shapes, 0, 0, None)
+    classes = logits_of(result, logits, role).shape[1]
+    linear, hidden = trial.last_linear(result)
+    return Found(taps, shapes, classes, hidden, linear)
 
 
-def _node_of(module: nn.Module, layer: str, tracer: _ModuleTracer, role: str) -> str:
-    names: dict[fx.Node, str] = tracer.node_to_qualname
-    modules = [name for name, _ in module.named_modules() if name]
-    calls = tracer.results.get(layer, [])
-    if len(calls) > 1:
-        inside = sorted({n for n in names.values() if n == layer or n.startswith((f"{layer}_", f"{layer}."))})
+def logits_of(result: Any, key: int | str | None, role: str) -> Tensor:
+    """The logits [B, classes] in what a network returned.
+
+    Raises:
+        L2TError: it is not one tensor, and `key` does not say which of them; not [B, classes].
+    """
+    found = result
+    if key is not None:
+        try:
+            found = getattr(result, key) if isinstance(key, str) and hasattr(result, key) else result[key]
+        except (KeyError, IndexError, TypeError) as error:
+            raise L2TError(f"the {role} returns {_what(result)}, which has no logits={key!r}: name another.") from error
+    if not isinstance(found, Tensor):
+        raise L2TError(
+            f"the {role} returns {_what(found)}, not one tensor of logits: say which by logits=, or wrap it to do so; "
+            "a loss on its other outputs is not taken."
+        )
+    if found.dim() != 2:
+        raise L2TError(f"the {role} returns {list(found.shape)}, not logits [B, classes]: wrap it to do so.")
+    return found
+
+
+def _what(result: Any) -> str:
+    if isinstance(result, Mapping):
+        return f"{type(result).__name__} with {', '.join(map(repr, result))}"
+    if isinstance(result, tuple) and hasattr(result, "_fields"):
+        return f"{type(result).__name__} with {', '.join(map(repr, result._fields))}"
+    return type(result).__name__ if not isinstance(result, Tensor) else str(list(result.shape))
+
+
+def _module_of(layer: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, int | None] | None:
+    """(the module, which call of it: None where the name does not say) that a name means."""
+    if layer in modules and layer:
+        return modules[layer], None
+    numbered = re.fullmatch(r"(.+)_(\d+)", layer)
+    if numbered and numbered[1] in modules:
+        return modules[numbered[1]], int(numbered[2])
+    return None
+
+
+def _tap(
+    layer: str,
+    found: tuple[nn.Module, int | None] | None,
+    modules: Mapping[str, nn.Module],
+    trial: "_Trial",
+    role: str,
+) -> tuple[Tap, Tensor]:
+    if found is None:
+        names = [name for name in modules if name]
+        near = difflib.get_close_matches(layer, names, n=4, cutoff=0.3) or names[:8]
+        raise L2TError(f"the {role} has no layer '{layer}'{_listed(': the nearest names are', near)}.")
+    module, call = found
+    calls = trial.calls.get(module, [])
+    if not calls:
+        raise L2TError(
+            f"layer '{layer}' of the {role} is never called itself in this forward pass: tap a layer inside it or "
+            "around it."
+        )
+    if call is None and len(calls) > 1:
+        later = [f"{layer}_{k}" for k in range(1, len(calls))]
         raise L2TError(
             f"layer '{layer}' of the {role} is called {len(calls)} times, so its feature is ambiguous: tap the block "
-            f"around it{_listed(', or one of', [n for n in inside if n != layer])}."
+            f"around it{_listed(', or one of', later)}."
         )
-    if len(calls) == 1:
-        if not isinstance(calls[0], fx.Proxy):
-            raise L2TError(f"layer '{layer}' of the {role} returns {type(calls[0]).__name__}, not one tensor.")
-        return names[calls[0].node]
-    if layer in names.values():
-        return layer
-    if layer in modules:
-        raise L2TError(
-            f"layer '{layer}' of the {role} is never called itself, or only inside a module that is not traced: tap a "
-            "layer inside it or around it."
-        )
-    near = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3) or modules[:8]
-    raise L2TError(f"the {role} has no layer '{layer}'{_listed(': the nearest names are', near)}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    if (call or 0) >= len(calls):
+        raise L2TError(f"layer '{layer}' of the {role} is called {len(calls)} times only, counted from 0.")
+    output = calls[call or 0].output
+    if not isinstance(output, Tensor):
+        raise L2TError(f"layer '{layer}' of the {role} returns {_what(output)}, not one tensor.")
+    return Tap(layer, module, call or 0), output
 
 
 def _listed(lead: str, names: Sequence[str]) -> str:
     return f"{lead} {', '.join(repr(name) for name in names[:6])}" if names else ""
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a feature extractor once and finds taps that a later operation overwrites in place.
+class _Call(NamedTuple):
+    """One call of a watched module."""
 
-    The version counter of a tensor, shared by its views, counts the writes to it.
-    """
-
-    def __init__(self, network: fx.GraphModule) -> None:
-        super().__init__(network)
-        (returned,) = (node.args[0] for node in network.graph.nodes if node.op == "output")
-        self.keys = {node: key for key, node in returned.items()}
-        self.versions: dict[str, tuple[Tensor, int]] = {}
-        self.overwritten: dict[str, str] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        for key, (tensor, version) in self.versions.items():
-            if tensor._version > version:
-                self.overwritten.setdefault(key, getattr(n.target, "__name__", str(n.target)))
-        if n in self.keys and isinstance(result, Tensor):
-            self.versions[self.keys[n]] = (result, result._version)
-        return result
+    output: Any
+    version: int  # of what it returned, then
+    number: int  # of calls that had returned before
 
 
-def _checked_run(
-    module: nn.Module, network: fx.GraphModule, layers: Sequence[str], x: Tensor, role: str
-) -> dict[str, Any]:
-    """network(x), where it and the module compute the same output and features, and no feature is overwritten."""
-    theirs: dict[str, Any] = {}
+class _Trial(TorchDispatchMode):
+    """One forward pass, and what the watched modules return in it."""
 
-    def record(key: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            theirs[key] = output.clone() if isinstance(output, Tensor) else output  # before it may be overwritten
+    def __init__(self, watched: set[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watched = watched
+        self.calls: dict[nn.Module, list[_Call]] = {}
+        self._linear: list[tuple[nn.Module, Any, Any]] = []
+        self._writes: list[tuple[int, int, str]] = []  # (storage, how many calls had returned, operation)
+        self._count = 0
 
-        return hook
+    def run(self, module: nn.Module, x: Tensor, role: str) -> Any:
+        handles = [m.register_forward_hook(self._note) for m in self._watched]
+        handles += [m.register_forward_hook(self._note_linear) for m in module.modules() if isinstance(m, nn.Linear)]
+        try:
+            with self:
+                return module(x)
+        except L2TError:
+            raise
+        except Exception as error:  # whatever a network may raise
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {line}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    modules = dict(module.named_modules())
-    handles = [
-        modules[layer].register_forward_hook(record(f"tap{i}")) for i, layer in enumerate(layers) if layer in modules
-    ]
-    torch.manual_seed(0)  # both draw the same (dropout)
-    try:
-        theirs[_OUTPUT] = module(x)
-    except Exception as error:  # whatever a network may raise
-        raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {_first_line(error)}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    torch.manual_seed(0)
-    recorder = _Recorder(network)
-    outputs: dict[str, Any] = recorder.run(x)
-    for i, layer in enumerate(layers):
-        if f"tap{i}" in recorder.overwritten:
-            raise L2TError(
-                f"layer '{layer}' of the {role} is overwritten in place by '{recorder.overwritten[f'tap{i}']}': tap "
-                "that one instead, or build the network with inplace=False."
-            )
-    for key in outputs.keys() & theirs.keys():
-        # On a GPU two runs may differ in the last bits.
-        if isinstance(theirs[key], Tensor) and (outputs[key] - theirs[key]).norm() > 1e-3 * theirs[key].norm():
-            raise L2TError(
-                f"the {role} ({type(module).__name__}) computes something else once torch.fx has traced it: use the "
-                "result of every in-place operation of its forward pass, and no condition on values."
-            )
-    return outputs
+    def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        tracked = isinstance(output, Tensor) and not output.is_inference()
+        call = _Call(output, output._version if tracked else -1, self._count)
+        self.calls.setdefault(module, []).append(call)
+        self._count += 1
+
+    def _note_linear(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._linear.append((module, inputs[0], output))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            self._writes.append((args[0].untyped_storage()._cdata, self._count, func.overloadpacket.__name__))
+        return func(*args, **(kwargs or {}))
+
+    def last_linear(self, result: Any) -> tuple[nn.Module | None, int]:
+        """(the Linear whose output is the network's, the channels that it reads)."""
+        for module, read, output in reversed(self._linear):
+            if output is result and read.dim() == 2:
+                return module, read.shape[1]
+        return None, 0
+
+    def check_overwritten(self, taps: Sequence[Tap], role: str, to_the_end: bool) -> None:
+        """Raises L2TError for a feature that is written to after its layer returned it.
+
+        The version counter of a tensor, shared by its views, counts the writes. Without `to_the_end` the pass will be
+        cut off where the last tapped layer has returned.
+        """
+        calls = [self.calls[tap.module][tap.call] for tap in taps]
+        last = max((call.number for call in calls), default=0)
+        for tap, call in zip(taps, calls, strict=True):
+            if call.output.is_inference() or call.output._version == call.version:
+                continue
+            storage = call.output.untyped_storage()._cdata
+            later = [(count, name) for where, count, name in self._writes if where == storage and count > call.number]
+            if to_the_end or not later or later[0][0] <= last:
+                name = later[0][1] if later else "an operation"
+                raise L2TError(
+                    f"layer '{tap.name}' of the {role} is overwritten in place by '{name}': tap that one instead, or "
+                    "build the network with inplace=False."
+                )
 
 
 @contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Puts buffers, modes and the random state back to where they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Puts buffers, modes, Python attributes and the random generators back to where they were."""
+    attributes = read_attributes(module)
+    held = [(m._buffers, key, b, b.clone()) for m in module.modules() for key, b in m._buffers.items() if b is not None]
     modes = [(m, m.training) for m in module.modules()]
-    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with generators_kept(device):
             yield
     finally:
+        set_attributes(attributes)
         for m, training in modes:
             m.training = training
         with torch.no_grad():
-            for buffer, value in buffers:
+            for buffers, key, buffer, value in held:
+                buffers[key] = buffer
                 buffer.copy_(value)

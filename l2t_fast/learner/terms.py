@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from l2t_fast.learner.network import Outputs
 from l2t_fast.learner.pairs import Shape
-from l2t_fast.learner.taps import Outputs
 
 
 class Shapes(NamedTuple):
@@ -17,7 +18,7 @@ class Shapes(NamedTuple):
     hidden: int  # 0: the network does not end in a Linear
 
 
-class Networks(NamedTuple):
+class TermNetworks(NamedTuple):
     """What a term is made of."""
 
     sources: tuple[Shapes, ...]
@@ -47,4 +48,14 @@ class Term(nn.Module):
         raise NotImplementedError
 
 
-MakeTerm = Callable[[Networks], Term]
+MakeTerm = Callable[[TermNetworks], Term]
+
+
+def input_gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """∂f/∂x of a scalar f, differentiable itself: for terms that differentiate a network."""
+    if torch.compiler.is_compiling():  # Dynamo follows this form alone
+        return torch.func.grad(f)(x)  # type: ignore[no-any-return]
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        return torch.autograd.grad(f(z), z, create_graph=differentiable)[0]

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l2t_fast.learner.network import Outputs
 from l2t_fast.learner.pairs import resolve_pairs
-from l2t_fast.learner.taps import Outputs
-from l2t_fast.learner.terms import Networks, Term
+from l2t_fast.learner.terms import Term, TermNetworks
 from l2t_fast.methods.base import Method
 from l2t_fast.methods.lwf import LwF
 
@@ -33,7 +33,7 @@ class Attention(Term):
 
     name = "at"
 
-    def __init__(self, networks: Networks, weight: float = 1000.0) -> None:
+    def __init__(self, networks: TermNetworks, weight: float = 1000.0) -> None:
         super().__init__()
         self.weight = weight
         self.pairs = resolve_pairs("one-to-one", [s.layers for s in networks.sources], networks.target.layers)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l2t_fast.learner.network import Outputs
 from l2t_fast.learner.pairs import resolve_pairs
-from l2t_fast.learner.taps import Outputs
-from l2t_fast.learner.terms import Networks, Term
+from l2t_fast.learner.terms import Term, TermNetworks, input_gradient
 from l2t_fast.methods.attention import activation_map
 from l2t_fast.methods.base import Method
 
@@ -25,7 +25,7 @@ class Jacobian(Term):
 
     name = "jacobian"
 
-    def __init__(self, networks: Networks, weight: float = 1.0) -> None:
+    def __init__(self, networks: TermNetworks, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
         pairs = resolve_pairs("one-to-one", [s.layers for s in networks.sources], networks.target.layers)
@@ -48,7 +48,7 @@ class Jacobian(Term):
 
 def _jacobian(run: Callable[[Tensor], Outputs], layer: int, x: Tensor, place: Tensor) -> Tensor:
     """J/‖J‖ [B, C·H·W] of A at `place` [B, 1]."""
-    J = torch.func.grad(lambda z: activation_map(run(z).features[layer]).gather(1, place).sum())(x)
+    J = input_gradient(lambda z: activation_map(run(z).features[layer]).gather(1, place).sum(), x)
     return F.normalize((J.float() if J.dtype == torch.bfloat16 else J).flatten(1), dim=1)
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2t_fast.errors import UnfitError
-from l2t_fast.learner.taps import Outputs
-from l2t_fast.learner.terms import Networks, Term
+from l2t_fast.learner.network import Outputs
+from l2t_fast.learner.terms import Term, TermNetworks
 from l2t_fast.methods.base import Method
 
 
@@ -21,7 +21,7 @@ class LwF(Term):
 
     name = "lwf"
 
-    def __init__(self, networks: Networks, weight: float = 1.0, temperature: float = 2.0) -> None:
+    def __init__(self, networks: TermNetworks, weight: float = 1.0, temperature: float = 2.0) -> None:
         super().__init__()
         if not networks.target.hidden:
             raise UnfitError("lwf adds a head beside the target's classifier, so that it must end in an nn.Linear.")

@@ -97,8 +97,8 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
 
 def fuse(of: Engine) -> Engine:
     """As on a GPU; on a CPU Adam's other forms read their step count."""
-    if of._adam is not None:
-        of._adam.param_groups[0]["fused"] = True
+    if of.trained.adam is not None:
+        of.trained.adam.param_groups[0]["fused"] = True
     return of
 
 

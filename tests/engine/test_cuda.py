@@ -54,7 +54,7 @@ def warmed(state: dict[str, Any], of: Engine) -> Engine:
         of.step(*images(i, dtype=dtype))
     adam = copy.deepcopy(of.state_dict()["adam"])
     load_as(of, {**state, "adam": adam})
-    for moments in of._adam.state.values():  # type: ignore[union-attr]
+    for moments in of.trained.adam.state.values():  # type: ignore[union-attr]
         for tensor in moments.values():
             tensor.zero_()
     return of
@@ -255,7 +255,7 @@ def test_recompute_holds_one_step_whatever_the_number_of_steps(mode: Any) -> Non
         )
         for _ in range(WARM_UP + 2):
             of.step(x, y)
-        parameters = sum(p.numel() * p.element_size() for p in of._parameters.values())
+        parameters = sum(p.numel() * p.element_size() for p in of.trained.theta.values())
         held = torch.cuda.memory_reserved() - before - inner_steps * parameters  # θ where each step starts
         del of, source, target
         gc.collect()  # an engine and its graphs refer to each other

@@ -271,7 +271,7 @@ def test_meta_gradient_equals_finite_differences(case: dict[str, Any]) -> None:
         for name, p in phi.items():
             p.copy_(start[name] + offset[name])
         S = learner.source_features(train[0])
-        data = inner.Batch(*train, *learner.matching_sources(S, True), learner.cotangents(S, engine.beta)[0])
+        data = inner.Batch(*train, *learner.matching_sources(S, True), learner.coefficients(S, engine.beta)[0])
         theta = {name: p.detach() for name, p in inner.parameters(learner).items()}
         momentum = engine.state_dict()["momentum"]
         rule, lr = SGD(0.9, 1e-2, bool(case)), torch.tensor(engine.lr)
@@ -415,7 +415,7 @@ def test_the_first_step_forms_no_hessian_product(scheme: bilevel.Scheme, memory:
     x, y = batch(0, 8)
     S = learner.source_features(x)
     with torch.no_grad():
-        a, _ = learner.cotangents(S, engine.beta)
+        a, _ = learner.coefficients(S, engine.beta)
     data = inner.Batch(x, y, *learner.matching_sources(S, True), a)
     kinds = bilevel.simulated_steps(scheme, 1, 1)
 

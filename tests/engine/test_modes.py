@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from l2t_fast import L2T, Engine, L2TError
 from l2t_fast.engine import compile as functions
-from l2t_fast.engine.engine import _choose_mode, _Draws
+from l2t_fast.engine.modes import Draws, choose_mode
 from l2t_fast.engine.precision import arithmetic
 from l2t_fast.kernels.matching import aten as torch_impl
 from l2t_fast.kernels.matching import ops
@@ -157,7 +157,7 @@ def test_what_cannot_be_compiled_is_refused_and_nothing_changed(monkeypatch: pyt
 def test_auto_falls_back_from_compiling_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = small(mode="eager")
     monkeypatch.setattr(functions, "BACKEND", failing)
-    monkeypatch.setattr("l2t_fast.engine.engine._choose_mode", lambda *_: ("compile", "for this test"))
+    monkeypatch.setattr("l2t_fast.engine.engine.choose_mode", lambda *_: ("compile", "for this test"))
     said: list[str] = []
     fallen = small(mode="auto", say=said.append)
     assert said == ["l2t_fast: mode 'compile', for this test\n"]
@@ -184,7 +184,7 @@ def test_auto_falls_back_from_compiling_with_one_line(monkeypatch: pytest.Monkey
     ],
 )
 def test_auto(device: str, iterations: int | None, mode: str) -> None:
-    assert _choose_mode("auto", torch.device(device), iterations)[0] == mode
+    assert choose_mode("auto", torch.device(device), iterations)[0] == mode
 
 
 def test_what_auto_picked_is_said() -> None:
@@ -264,7 +264,7 @@ def test_bfloat16_reaches_the_layers_and_nothing_else() -> None:
     of = learner(torch.float32)
     half = engine(of, precision="bf16")
     seen: dict[str, list[torch.Tensor]] = {"Conv2d": [], "BatchNorm2d": [], "Linear": [], "BatchStatistics2d": []}
-    for network in (of.target, of._simulated[0], *of.sources):
+    for network in (of.target, *of.sources):
         for module in network.modules():
             if type(module).__name__ in seen:
                 name = type(module).__name__
@@ -380,10 +380,10 @@ def test_switches_are_the_engines_own(users: str, restored: None) -> None:
 def test_fused_adam_takes_the_gradients_as_they_are() -> None:
     """It pairs elements by their place in memory: gradients must lie there as the parameters do."""
     usual, fused = small(), small()
-    fused._adam.param_groups[0]["fused"] = True  # type: ignore[union-attr]
+    fused.trained.adam.param_groups[0]["fused"] = True  # type: ignore[union-attr]
     for i in range(3):
         x, y = small_batch(i, 8)
-        assert all(g.stride() == fused._phi[name].stride() for name, g in fused.meta_gradient(x, y).items())
+        assert all(g.stride() == fused.trained.phi[name].stride() for name, g in fused.meta_gradient(x, y).items())
         usual.step(x, y)
         fused.step(x, y)
     assert error(everything(fused), everything(usual)) < 1e-9
@@ -392,15 +392,15 @@ def test_fused_adam_takes_the_gradients_as_they_are() -> None:
 def test_a_loaded_learning_rate_stays_where_graphs_read_it() -> None:
     of, other = small(), small(meta_lr=0.5)
     place = torch.tensor(1e-3)
-    of._adam_options["lr"] = of._adam.param_groups[0]["lr"] = place  # type: ignore[union-attr]  # as on CUDA
+    of.trained.adam_options["lr"] = of.trained.adam.param_groups[0]["lr"] = place  # type: ignore[union-attr]  # as on CUDA
     of.step(*small_batch(0, 8))
-    moments = [t for m in of._adam.state.values() for t in m.values()]  # type: ignore[union-attr]
+    moments = [t for m in of.trained.adam.state.values() for t in m.values()]  # type: ignore[union-attr]
     other.step(*small_batch(1, 8))
     of.load_state_dict(other.state_dict())
     assert (place.item(), of.meta_lr) == (0.5, 0.5)
     of.meta_lr = 0.25
     assert place.item() == 0.25
-    assert [id(t) for m in of._adam.state.values() for t in m.values()] == [id(t) for t in moments]  # type: ignore[union-attr]
+    assert [id(t) for m in of.trained.adam.state.values() for t in m.values()] == [id(t) for t in moments]  # type: ignore[union-attr]
     assert error(everything(of), everything(other)) == 0
 
 
@@ -408,7 +408,7 @@ def test_numbers_that_the_host_draws_are_drawn_again_in_recompute() -> None:
     gradients = []
     for memory in ("save", "recompute"):
         of = engine(learner(dropout=nn.Dropout(0.5)), memory=memory)
-        of._draws = _Draws(host=True, device=False)
+        of._draws = Draws(host=True, device=False)
         torch.manual_seed(3)
         gradients.append(of.meta_gradient(*batch(0)))
     assert error(*gradients) < 1e-9

@@ -1,0 +1,149 @@
+"""One iteration: the real step of θ, the simulated steps from there, Adam on φ (paper, algorithm 1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l2t_fast.choices import Memory, Scheme
+from l2t_fast.engine import bilevel
+from l2t_fast.engine.bilevel import Kind
+from l2t_fast.engine.compile import Steps
+from l2t_fast.engine.inner_step import Batch, Gradient, Theta
+from l2t_fast.engine.state import Trained
+from l2t_fast.engine.surroundings import Buffers, Simulated
+from l2t_fast.kernels.sgd.step import sgd_step, sgd_step_
+from l2t_fast.learner.learner import L2T
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The batches of an iteration, with what it needs of the sources once."""
+
+    batches: list[Batch]
+    a: list[list[Tensor]]  # of each batch: a [B, C_s] of each pair, with its graph to φ
+    lam: list[list[Tensor]]  # λ [B] likewise
+    outer: tuple[Tensor, Tensor]  # the batch of L_meta
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What iterates on `trained`; everything that it changes is changed in place, and nothing waits for the device.
+
+    Until the last gradient is there nothing has been changed: whatever raises leaves all as it was.
+    """
+
+    learner: L2T
+    trained: Trained
+    scheme: Scheme
+    inner_steps: int
+    memory: Memory
+
+    def run(self, steps: Steps, tensors: Sequence[Tensor], draws: bool) -> Metrics:
+        """One iteration on images and labels in a row (`split`); draws: a forward pass may draw random numbers."""
+        trained, learner = self.trained, self.learner
+        matched = self.matching(steps, tensors)
+        buffers = Buffers(learner.target)
+        try:
+            real = self.real_gradient(steps, matched.batches[0])
+            grads = [real.theta.get(name) for name in trained.theta]
+            theta, momentum = [p.detach() for p in trained.theta.values()], list(trained.momentum.values())
+            if trained.adam is None:
+                sgd_step_(theta, momentum, grads, trained.lr, trained.rule)
+                buffers.settle(real.buffers)
+                return self._metrics(real, matched)
+            new_theta, new_momentum = sgd_step(theta, momentum, grads, trained.lr, trained.rule)
+            buffers.settle(real.buffers)
+            start = (dict(zip(trained.theta, new, strict=True)) for new in (new_theta, new_momentum))
+            metrics = self._metrics(real, matched)
+            metrics["meta_loss"], of_phi = self.meta_gradient(steps, matched, *start, draws=draws)
+        except BaseException:
+            buffers.put_back()
+            raise
+        torch._foreach_copy_(theta, new_theta)
+        torch._foreach_copy_(momentum, new_momentum)
+        for p, g in zip(trained.phi.values(), of_phi, strict=True):
+            p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)  # fused Adam wants them alike
+        trained.adam.step()
+        return metrics
+
+    @torch.enable_grad()
+    def matching(self, steps: Steps, tensors: Sequence[Tensor]) -> Matching:
+        """What an iteration needs once."""
+        pairs, outer = self.split(tensors)
+        batches: list[Batch] = []
+        all_a: list[list[Tensor]] = []
+        all_lam: list[list[Tensor]] = []
+        for x, y in pairs:
+            if self.learner.uses_sources:
+                S, source_of, a, lam, kept = steps.source_pass(x, self.learner.resizes(x))
+            else:
+                S, source_of, a, lam, kept = [], [], [], [], []
+            batches.append(Batch(x, y, S, source_of, [a_p.detach() for a_p in a], kept))
+            all_a.append(a)
+            all_lam.append(lam)
+        return Matching(batches, all_a, all_lam, outer)
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+        """(the batches, the batch of L_meta) of images and labels in a row, those of L_meta's own batch last."""
+        pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
+        with_val = len(pairs) > 1 if self.scheme == "transfer" else self.trained.adam is not None
+        return (pairs[:-1], pairs[-1]) if with_val else (pairs, pairs[0])
+
+    @torch.no_grad()
+    def real_gradient(self, steps: Steps, batch: Batch) -> Gradient:
+        """∇(L_org + L_wfm) at θ; the forward pass changes the target's buffers, or gives them back changed."""
+        theta = {name: p.detach() for name, p in self.trained.theta.items()}
+        buffers = dict(self.learner.target.named_buffers()) if steps.functional else {}
+        return steps.gradient(Kind(0, task=True, matching=True), False, theta, batch, buffers)
+
+    def meta_gradient(
+        self, steps: Steps, matched: Matching, theta: Theta, momentum: Theta, *, draws: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(L_meta, dL_meta/dφ) simulated from θ and momentum, which stay as they are, as do buffers and attributes.
+
+        The derivative to a is summed over the steps, then pulled back through f and g once.
+        """
+        around = Simulated(self.learner.target, self.trained.lr.device, draws)
+
+        def gradient(kind: Kind, theta: Theta, a: list[Tensor]) -> Theta:
+            batch = matched.batches[kind.batch]._replace(a=a)
+            found = steps.gradient(kind, True, theta, batch, around.buffers)
+            around.buffers = found.buffers
+            return found.theta
+
+        try:
+            loss, grads_a = bilevel.meta_gradient(
+                bilevel.simulated_steps(self.scheme, len(matched.batches), self.inner_steps),
+                gradient,
+                lambda theta: steps.task_loss(theta, *matched.outer, around.buffers),
+                theta,
+                momentum,
+                matched.a,
+                self.trained.lr,
+                self.trained.rule,
+                self.memory,
+                around,
+            )
+        finally:
+            around.leave()
+        flat = [a_p for of_batch in matched.a for a_p in of_batch]
+        flat_grads = [g for of_batch in grads_a for g in of_batch]
+        return loss, list(torch.autograd.grad(flat, list(self.trained.phi.values()), flat_grads))
+
+    @torch.no_grad()
+    def _metrics(self, real: Gradient, matched: Matching) -> Metrics:
+        """See `Engine.step`."""
+        batch = matched.batches[0]
+        accuracy = (real.logits.argmax(1) == batch.y).to(real.loss.dtype).mean()
+        metrics = {"loss": real.loss, "accuracy": accuracy}
+        if self.learner.pairs:
+            # Sums of terms that are not negative, in few launches.
+            metrics["pair_losses"] = torch.stack(torch._foreach_norm(torch._foreach_mul(real.distances, batch.a), 1))
+            metrics["matching_loss"] = metrics["pair_losses"].sum()
+            metrics["pair_weights"] = torch.stack(matched.lam[0]).detach().mean(1)
+        values = zip(self.learner.terms, real.terms, strict=True)
+        return metrics | {f"{term.name}_loss": value for term, value in values}

@@ -1,0 +1,79 @@
+"""How an iteration runs: what "auto" picks, and what may be captured."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from l2t_fast.choices import Memory, Mode
+from l2t_fast.errors import L2TError
+
+_COMPILE_FROM = 50_000  # iterations from which "auto" expects torch.compile to win back its minutes; a guess
+_HARMLESS_HOOKS = ("WeightNorm", "SpectralNorm")  # PyTorch's own, which only compute
+
+
+class Draws(NamedTuple):
+    """Whether an iteration draws random numbers on the CPU, and on the device."""
+
+    host: bool
+    device: bool
+
+
+def choose_mode(mode: Mode, device: torch.device, iterations: int | None) -> tuple[Mode, str]:
+    """(the mode, why).
+
+    Raises:
+        L2TError: graphs without CUDA.
+    """
+    if mode == "graph" and device.type != "cuda":
+        raise L2TError(f"mode='graph' needs a CUDA device, but the target is on {device}: use mode='eager'.")
+    if mode != "auto":
+        return mode, "as asked for"
+    if device.type != "cuda":
+        return "eager", f"since on a {device.type} compiling takes minutes and brings nothing"
+    if iterations is not None and iterations >= _COMPILE_FROM:
+        return "compile", f"since {iterations} iterations are worth minutes of compiling"
+    return "graph", "since replaying needs no compiling" + (
+        f", which {iterations} iterations would not win back" if iterations is not None else ""
+    )
+
+
+def check_capture(target: nn.Module, draws: Draws | None, memory: Memory) -> None:
+    """Raises L2TError where a replay would not do what the target's own forward pass does."""
+    if draws is not None and draws.host:
+        raise L2TError("the target draws random numbers on the CPU, which a CUDA graph would repeat")
+    if draws is not None and draws.device and memory == "recompute":
+        raise L2TError("memory='recompute' must draw the target's random numbers twice, which a CUDA graph cannot")
+    for name, hook in user_hooks(target):
+        raise L2TError(f"{hook} of '{name}' is Python, which a CUDA graph would not run again")
+
+
+def user_hooks(target: nn.Module) -> Iterator[tuple[str, str]]:
+    """The hooks of a network: (name of the module or parameter, kind of hook)."""
+    for name, module in target.named_modules():
+        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+            hooks = getattr(module, f"_{kind}_hooks").values()
+            if any(type(hook).__name__ not in _HARMLESS_HOOKS for hook in hooks):
+                yield name or type(module).__name__, f"the {kind.replace('_', '-')} hook"
+    for name, p in target.named_parameters():
+        if p._backward_hooks:
+            yield name, "the hook"
+
+
+def settings_of(target: nn.Module) -> tuple[Any, ...]:
+    """What a captured or compiled iteration has frozen of a network's Python: modes, classes, simple attributes, hooks.
+
+    Two that differ mean that it must be made anew.
+    """
+    return tuple(
+        (
+            type(module),
+            tuple((key, value) for key, value in module.__dict__.items() if isinstance(value, _SIMPLE)),
+            *(tuple(getattr(module, f"_{kind}_hooks")) for kind in ("forward", "forward_pre", "backward")),
+        )
+        for module in target.modules()
+    )
+
+
+_SIMPLE = (bool, int, float, str, type(None), tuple)

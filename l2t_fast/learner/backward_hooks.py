@@ -1,0 +1,43 @@
+"""Backward hooks of the user's modules: they act on the gradient of a step, not on its adjoint.
+
+A hook changes what a training step descends on. The meta-gradient differentiates that changed gradient, and the forward
+pass as it is: where its sweep passes a module again, the hook must not act once more.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_sweeping = False  # for the whole process: on CUDA autograd runs hooks in threads of its own
+
+
+@contextmanager
+def sweeping() -> Iterator[None]:
+    """Inside, the hooks of modules that ran under `gated_backward_hooks` do nothing."""
+    global _sweeping
+    before, _sweeping = _sweeping, True
+    try:
+        yield
+    finally:
+        _sweeping = before
+
+
+@contextmanager
+def gated_backward_hooks(network: nn.Module) -> Iterator[None]:
+    """The backward hooks that a forward pass inside sets up can be silenced by `sweeping`."""
+    held = [hooks for m in network.modules() for hooks in (m._backward_hooks, m._backward_pre_hooks) if hooks]
+    saved = [dict(hooks) for hooks in held]
+    for hooks in held:
+        for key, hook in hooks.items():
+            hooks[key] = _gated(hook)
+    try:
+        yield
+    finally:
+        for hooks, own in zip(held, saved, strict=True):
+            hooks.update(own)
+
+
+def _gated(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: None if _sweeping else hook(*arguments)

@@ -1,0 +1,66 @@
+"""The random generators that a forward pass may draw from: PyTorch's, Python's and NumPy's."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Generators(NamedTuple):
+    """Their states: PyTorch's on the CPU and, where the network is on CUDA, on its device; Python's; NumPy's."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+    python: Any
+    numpy: Any
+
+
+def read_generators(device: torch.device) -> Generators:
+    """The states now."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return Generators(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())  # noqa: NPY002
+
+
+def set_generators(states: Generators, device: torch.device) -> None:
+    """Puts back what `read_generators` gave."""
+    torch.set_rng_state(states.cpu)
+    if states.cuda is not None:
+        torch.cuda.set_rng_state(states.cuda, device)
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)  # noqa: NPY002
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, outside it is as if nothing had been."""
+    states = read_generators(device)
+    try:
+        yield
+    finally:
+        set_generators(states, device)
+
+
+def host_drew(before: Generators, after: Generators) -> bool:
+    """Whether the host drew between the two, from any of its generators."""
+    numpy_moved = any(
+        not np.array_equal(one, other) for one, other in zip(before.numpy[1:], after.numpy[1:], strict=True)
+    )
+    return not torch.equal(before.cpu, after.cpu) or before.python != after.python or numpy_moved
+
+
+def device_drew(before: Generators, after: Generators) -> bool:
+    """Whether the network's own device drew; for one on the CPU that is the host's generator of PyTorch."""
+    if before.cuda is None or after.cuda is None:
+        return not torch.equal(before.cpu, after.cpu)
+    return not torch.equal(before.cuda, after.cuda)
+
+
+def seed_generators(seed: int) -> None:
+    """All of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
