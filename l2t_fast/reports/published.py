@@ -6,7 +6,7 @@ tracker of the authors' code. Compare them with the paper before quoting one; ta
 
 import dataclasses
 
-from l2t_fast.data.images import DataConfig
+from l2t_fast.data.options import DataConfig
 from l2t_fast.data.readers import DATASETS, LARGE
 from l2t_fast.settings.options import TrainConfig, resolve
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
-from l2t_fast.data.images import DataConfig, DataOptions
+from l2t_fast.data.options import DataConfig, DataOptions
 from l2t_fast.data.readers import DATASETS, LARGE
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
