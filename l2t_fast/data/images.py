@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from l2t_fast.data.options import DataConfig
-from l2t_fast.data.readers import DATASETS, Part, open_image, read
+from l2t_fast.data.readers.layout import DATASETS, Part, open_image, read
 from l2t_fast.errors import L2TError
 
 # Statistics of ImageNet, which the authors use for every data set.

@@ -7,7 +7,7 @@ tracker of the authors' code. Compare them with the paper before quoting one; ta
 import dataclasses
 
 from l2t_fast.data.options import DataConfig
-from l2t_fast.data.readers import DATASETS, LARGE
+from l2t_fast.data.readers.layout import DATASETS, LARGE
 from l2t_fast.settings.options import TrainConfig, resolve
 
 # Test accuracy in %: (mean, std over three runs) of each method, in the order of _DATASETS.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.data.options import DataConfig, DataOptions
-from l2t_fast.data.readers import DATASETS, LARGE
+from l2t_fast.data.readers.layout import DATASETS, LARGE
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
 from l2t_fast.methods import METHODS, find_method

@@ -287,7 +287,7 @@ def test_tinyimagenet_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
             decodings.append(workers)
             super().__init__(1)
 
-    monkeypatch.setattr("l2t_fast.data.readers.ProcessPoolExecutor", Counted)
+    monkeypatch.setattr("l2t_fast.data.readers.layout.ProcessPoolExecutor", Counted)
 
     def decoded_again() -> bool:
         before = len(decodings)
@@ -329,12 +329,12 @@ def test_tinyimagenet_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError("no route to host\nat all")
 
     config = DataConfig(dataset="tinyimagenet", data_root=tmp_path, download=True)
-    monkeypatch.setattr("l2t_fast.data.readers.download_and_extract_archive", offline)
+    monkeypatch.setattr("l2t_fast.data.readers.layout.download_and_extract_archive", offline)
     with pytest.raises(L2TError, match=r"tinyimagenet is missing .*\(no route to host\)"):
         load_data(config, seed=0)
-    monkeypatch.setattr("l2t_fast.data.readers.download_and_extract_archive", download)
+    monkeypatch.setattr("l2t_fast.data.readers.layout.download_and_extract_archive", download)
     assert len(load_data(config, seed=0).test) == 200
-    monkeypatch.setattr("l2t_fast.data.readers.download_and_extract_archive", offline)  # it is there
+    monkeypatch.setattr("l2t_fast.data.readers.layout.download_and_extract_archive", offline)  # it is there
     assert len(load_data(config, seed=0).test) == 200
 
 
