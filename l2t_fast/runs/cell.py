@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from l2t_fast.data.images import Data, load_data
+from l2t_fast.data.splits import Data, load_data
 from l2t_fast.engine.compile import Say
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import L2TError
