@@ -24,7 +24,9 @@ from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import load_data
 from l2t_fast.engine import inner_step as inner
 from l2t_fast.engine.inner_step import Batch
-from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.layers import default_layers
+from l2t_fast.networks.weights import checkpoint_classes, load_weights
 
 _NOISE = 1e-6
 _BATCHES = 4  # at which meta-gradients are compared

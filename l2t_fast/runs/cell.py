@@ -23,7 +23,9 @@ from l2t_fast.errors import L2TError
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import find_method
-from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.layers import default_layers
+from l2t_fast.networks.weights import checkpoint_classes, load_weights
 from l2t_fast.reports import pictures as plots
 from l2t_fast.reports.inspection import peakedness
 from l2t_fast.settings.options import OptimConfig, TrainConfig

@@ -1,8 +1,7 @@
-"""Networks by name, default layers, and checkpoints of any naming."""
+"""Checkpoints of any kind and naming."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,118 +12,10 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from l2t_fast.errors import L2TError
-from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.weights import checkpoint_classes, load_weights
 
 AUTHORS = Path(__file__).parents[3] / "shared/official/tinyimagenet-200-resnet32.pth.tar"
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("depth", [8, 14, 20, 26, 32, 38, 44, 56, 110])
-def test_cifar_resnet_has_its_depth(depth: int) -> None:
-    model = build_model(f"resnet{depth}", num_classes=7, width=0.25)
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert len(convolutions) + 1 == depth
-    assert model(torch.rand(2, 3, 16, 16)).shape == (2, 7)
-
-
-def test_cifar_resnet_stages() -> None:
-    model = build_model("resnet8", num_classes=3)
-    features = create_feature_extractor(model, ["layer1", "layer2", "layer3"])(torch.rand(2, 3, 32, 32))
-    assert [tuple(f.shape[1:]) for f in features.values()] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    assert "conv1.bias" in model.state_dict()
-
-
-def test_vgg9_is_the_papers() -> None:
-    model = build_model("vgg9_bn", num_classes=10)
-    channels = [3, 64, 128, 256, 256, 512, 512, 512, 512]
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    expected = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
-    assert [(m.in_channels, m.out_channels) for m in convolutions] == expected
-    features = sum(9 * i * o + 3 * o for i, o in itertools.pairwise(channels))  # weight, bias, BatchNorm
-    assert parameters(model) == features + 512 * 10 + 10
-    assert model.eval()(torch.rand(1, 3, 40, 64)).shape == (1, 10)
-
-
-def test_initialisation_is_kaiming_by_fan_out() -> None:
-    torch.manual_seed(0)
-    for model in (build_model("resnet20", 10), build_model("vgg9_bn", 10)):
-        for m in model.modules():
-            if isinstance(m, nn.Conv2d):
-                fan_out = m.out_channels * m.kernel_size[0] * m.kernel_size[1]
-                deviation = (2 * m.weight.numel()) ** -0.5  # of the estimate, relative
-                assert m.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=5 * deviation)
-                assert m.bias is None or not m.bias.any()
-    assert model.state_dict()["classifier.weight"].std().item() == pytest.approx(0.01, rel=0.05)
-
-
-def test_width_scales_every_layer() -> None:
-    for name in ("resnet8", "vgg9_bn"):
-        whole, half = build_model(name, 10), build_model(name, 10, width=0.5)
-        for a, b in zip(whole.modules(), half.modules(), strict=True):
-            if isinstance(a, nn.Conv2d) and isinstance(b, nn.Conv2d):
-                assert b.weight.shape[0] == a.weight.shape[0] // 2
-        assert build_model(name, 10, width=0.001)(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-
-
-def test_torchvision_networks() -> None:
-    with torch.device("meta"):  # shapes only
-        assert build_model("resnet18", 5)(torch.rand(2, 3, 32, 32)).shape == (2, 5)
-        assert build_model("googlenet", 5).train()(torch.rand(2, 3, 64, 64)).shape == (2, 5)  # no tuple
-
-
-@pytest.mark.parametrize(
-    ("name", "num_classes", "width", "words"),
-    [
-        ("resnet33", 10, 1.0, "resnet32"),
-        ("VGG9_BN", 10, 1.0, "vgg9_bn"),
-        ("fcn_resnet50", 10, 1.0, "no network named"),  # torchvision's, but no classification network
-        ("resnet18", 10, 0.5, "width 1 only"),
-        ("resnet20", 0, 1.0, "at least one class"),
-        ("resnet20", 10, 0.0, "must be positive"),
-    ],
-)
-def test_build_model_refuses(name: str, num_classes: int, width: float, words: str) -> None:
-    with pytest.raises(L2TError, match=words):
-        build_model(name, num_classes, width)
-
-
-def test_default_layers_of_vgg9_enter_the_pools() -> None:
-    model = build_model("vgg9_bn", 10).eval()
-    entering: list[Tensor] = []
-    x = torch.rand(1, 3, 32, 32)
-    features = create_feature_extractor(model, default_layers("vgg9_bn", model))(x)
-    for module in model.modules():
-        if isinstance(module, nn.MaxPool2d):
-            module.register_forward_pre_hook(lambda _, args: entering.append(args[0].clone()))
-    model(x)
-    assert len(entering) == len(features) == 5
-    assert all(torch.equal(a, b) for a, b in zip(entering, features.values(), strict=True))
-
-
-@pytest.mark.parametrize("name", ["vgg11", "vgg16_bn"])
-def test_default_layers_of_torchvision_vgg(name: str) -> None:
-    with torch.device("meta"):  # shapes only
-        model = build_model(name, 10)
-        features = create_feature_extractor(model, default_layers(name, model))(torch.rand(1, 3, 64, 64))
-    assert [f.shape[1:3] for f in features.values()] == [(64, 64), (128, 32), (256, 16), (512, 8), (512, 4)]
-    assert all(isinstance(model.get_submodule(layer), nn.ReLU) for layer in features)
-
-
-def test_default_layers_of_resnets() -> None:
-    assert default_layers("resnet14", build_model("resnet14", 10)) == ["layer1", "layer2", "layer3"]
-    with torch.device("meta"):
-        resnet18 = build_model("resnet18", 10)
-    assert default_layers("resnet18", resnet18) == ["layer1", "layer2", "layer3", "layer4"]
-
-
-def test_no_default_layers() -> None:
-    with torch.device("meta"):
-        alexnet = build_model("alexnet", 10)
-    with pytest.raises(L2TError, match=r"alexnet has no default layers.*features\.0"):
-        default_layers("alexnet", alexnet)
 
 
 def small(num_classes: int = 4, width: float = 0.25) -> nn.Module:
