@@ -36,7 +36,7 @@ def rows(arguments: Any, device: torch.device) -> Iterator[Row]:
     """A row for each of the iterations asked for."""
     config = DataConfig(arguments.dataset, data_root=arguments.data_root, per_class=arguments.per_class)
     data = load_data(config, arguments.seed)
-    source = build_model("resnet32", checkpoint_classes(arguments.source_weights))
+    source = build_model("resnet32", checkpoint_classes(arguments.source_weights, "resnet32"))
     load_weights(source, arguments.source_weights)
     torch.manual_seed(arguments.seed)
     target = build_model("vgg9_bn", data.num_classes, arguments.width)

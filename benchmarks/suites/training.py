@@ -67,7 +67,7 @@ def learner(method: str, case: Case, data: Data, weights: Path | None, device: t
     chosen = find_method(method)
     sources: list[nn.Module] = []
     if chosen.uses_sources:
-        classes = case.source_classes if weights is None else checkpoint_classes(weights)
+        classes = case.source_classes if weights is None else checkpoint_classes(weights, case.source)
         sources = [build_model(case.source, classes).to(device)]
         if weights is not None:
             load_weights(sources[0], weights)
