@@ -6,8 +6,8 @@ tracker of the authors' code. Compare them with the paper before quoting one; ta
 
 import dataclasses
 
-from l2t_fast.data.images import DataConfig
-from l2t_fast.data.readers import DATASETS, LARGE
+from l2t_fast.choices import DATASETS, LARGE
+from l2t_fast.data.options import DataConfig
 from l2t_fast.settings.options import TrainConfig, resolve
 
 # Test accuracy in %: (mean, std over three runs) of each method, in the order of _DATASETS.
@@ -36,7 +36,7 @@ def published(config: TrainConfig) -> dict[str, tuple[float, float]]:
         return {}
     usual = resolve(TrainConfig(data=DataConfig(name)))
     weights = config.source.source_weights
-    right_weights = weights == ("imagenet",) if DATASETS[name].image_size == LARGE else weights is not None
+    right_weights = weights == ("imagenet",) if DATASETS[name] == LARGE else weights is not None
     same = (
         dataclasses.replace(config.source, source_weights=None) == usual.source
         and config.target == usual.target

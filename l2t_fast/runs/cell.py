@@ -16,14 +16,17 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from l2t_fast.data.images import Data, load_data
+from l2t_fast.data.splits import Data, load_data
 from l2t_fast.engine.compile import Say
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import L2TError
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import find_method
-from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.checkpoint import split_prefix
+from l2t_fast.networks.layers import default_layers
+from l2t_fast.networks.weights import checkpoint_classes, load_weights
 from l2t_fast.reports import pictures as plots
 from l2t_fast.reports.inspection import peakedness
 from l2t_fast.settings.options import OptimConfig, TrainConfig
@@ -95,7 +98,7 @@ def build_sources(config: TrainConfig, folders: Sequence[Path] = ()) -> list[nn.
         elif weights[s] == "imagenet":
             networks.append(_imagenet(name))
         else:
-            networks.append(build_model(name, checkpoint_classes(weights[s]), width))
+            networks.append(build_model(name, checkpoint_classes(weights[s], name, width), width))
             load_weights(networks[-1], weights[s])
     return networks
 
@@ -112,7 +115,7 @@ def _imagenet(name: str) -> nn.Module:
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
     """Of what the settings only point at, the SHA-256: weights of sources, split files; of a folder its place."""
-    weights = [Path(name) for name in config.source.source_weights or () if name != "imagenet"]
+    weights = [split_prefix(name)[0] for name in config.source.source_weights or () if name != "imagenet"]
     splits = [Path(f"{config.data.split}-{part}") for part in ("train", "val", "test")] if config.data.split else []
     found = {
         f"{kind} {i + 1}": hashlib.sha256(path.expanduser().read_bytes()).hexdigest()

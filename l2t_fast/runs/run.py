@@ -15,7 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from l2t_fast.data.images import DataConfig, load_data
+from l2t_fast.data.options import DataConfig
+from l2t_fast.data.splits import load_data
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_weights
 from l2t_fast.networks.architectures import build_model

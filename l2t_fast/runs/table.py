@@ -20,7 +20,8 @@ from time import perf_counter
 import torch
 from rich.console import Console
 
-from l2t_fast.data.images import Data, DataConfig, load_data
+from l2t_fast.data.options import DataConfig
+from l2t_fast.data.splits import Data, load_data
 from l2t_fast.errors import L2TError, UnfitError
 from l2t_fast.files import save_text
 from l2t_fast.methods import METHODS, find_method

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from l2t_fast.choices import Memory, Mode, Precision, Scheme
-from l2t_fast.data.images import DataConfig, DataOptions
-from l2t_fast.data.readers import DATASETS, LARGE
+from l2t_fast.choices import DATASETS, LARGE, Memory, Mode, Precision, Scheme
+from l2t_fast.data.options import DataConfig, DataOptions
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
 from l2t_fast.methods import METHODS, find_method
@@ -23,7 +22,7 @@ class SourceConfig:
     source: tuple[str, ...] | None = None
     """architecture of each: resnet32, vgg9_bn, or any classification network of torchvision"""
     source_weights: tuple[str, ...] | None = None
-    """of each a checkpoint file, or `imagenet` for torchvision's own weights"""
+    """of each a checkpoint FILE (FILE:PREFIX if it holds several networks), or `imagenet` for torchvision's own"""
     source_width: tuple[float, ...] | None = None
     """multiplies the channels of resnet20/32/.. and vgg9_bn: one number for all, or one for each"""
     source_layers: tuple[str, ...] | None = None
@@ -197,7 +196,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "lr": 0.03,
         "meta_lr": 1e-3,
     },
-    **{name: _LARGE for name, entry in DATASETS.items() if entry.image_size == LARGE},
+    **{name: _LARGE for name, size in DATASETS.items() if size == LARGE},
     "stanford40": {**_LARGE, "meta_lr": 1e-3},  # as the authors told (github.com/alinlab/L2T-ww/issues/4)
 }
 

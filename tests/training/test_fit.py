@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from l2t_fast import L2T, Engine, L2TError
 from l2t_fast import files as checkpoint_module
-from l2t_fast.data.images import Data, TensorSet
+from l2t_fast.data.images import TensorSet
+from l2t_fast.data.splits import Data
 from l2t_fast.files import load_checkpoint, save_checkpoint
 from l2t_fast.training import fit as trainer_module
 from l2t_fast.training.fit import Interrupted, Schedule, evaluate, fit, read_metrics
