@@ -84,7 +84,7 @@ _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class Replacements(TorchFunctionMode):
-    """Runs, for functions of the table above, what stands beside them; costs each torch call about a microsecond."""
+    """Runs, for functions of the table above, what stands beside them; costs each torch call microseconds."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
