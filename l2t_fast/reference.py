@@ -4,7 +4,7 @@
 the simulated steps change the real modules through `torch.optim.SGD`, the state before each of them is copied, and
 the meta-gradient comes from replaying the steps backwards (reverse mode by recomputation). The source networks run
 again at every matching step and every replay of one. Nothing is hoisted, fused or cached, and nothing of the fast
-path is imported.
+path is imported. How the user's networks run is said, and done, in `reference_networks.py`.
 """
 
 import copy
@@ -18,6 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2t_fast.errors import L2TError
+from l2t_fast.reference_networks import (
+    Generators,
+    Hardsigmoids,
+    Maps,
+    forward_with_features,
+    select,
+    split,
+    switched_hooks,
+    twice_differentiable,
+)
 
 What = Literal["softmax", "uniform"]
 Where = Literal["relu6", "relu", "relu-avg", "softplus", "fixed"]
@@ -42,33 +52,7 @@ class _State:
 
     tensors: list[Tensor]
     optimizer: dict[str, Any]
-    rng: Tensor
-    cuda_rng: Tensor | None
-
-
-def forward_with_features(model: nn.Module, layers: Sequence[str], x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The output of `model` on `x` and the outputs [B, C, H, W] of its submodules `layers`, in that order.
-
-    Raises L2TError where a feature was overwritten in place after its layer returned it.
-    """
-    taps: dict[str, tuple[Tensor, int]] = {}
-
-    def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            taps[name] = output, output._version
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in layers]
-    try:
-        output: Tensor = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, (feature, version) in taps.items():
-        if feature._version != version:
-            raise L2TError(f"The output of layer {name!r} is overwritten in place; name the layer after it.")
-    return output, [taps[name][0] for name in layers]
+    generators: Generators
 
 
 class Reference:
@@ -83,9 +67,12 @@ class Reference:
 
     Args:
         sources: source network, or several; they are put into eval mode and frozen.
-        target: target network; it is trained in place.
-        source_layers: names (as in `named_modules()`) of the tapped layers, a list of them for each source.
+        target: target network; it is trained in place, in the modes that its modules are in. One that is in evaluation
+            mode as a whole is put into training mode here, once.
+        source_layers: names (as for `forward_with_features`) of the tapped layers, a list of them for each source.
         target_layers: names of the tapped layers of the target.
+        source_maps, target_maps: what turns the outputs of some of these layers into [B, C, H, W], by their names.
+        logits: where the target returns several outputs, the position, key or attribute of the logits.
         pairs: (source, m, n): indices of a source, of one of its layers and of a target layer.
         what: "softmax" as above, or "uniform": w = 1/C_s.
         where: "relu6" as above; "relu"; "relu-avg": relu of g(pool S^m / C_s); "softplus": softplus(10 a), one
@@ -128,6 +115,9 @@ class Reference:
         beta: float = 0.5,
         inner_steps: int = 2,
         scheme: Scheme = "transfer",
+        source_maps: Maps | None = None,
+        target_maps: Maps | None = None,
+        logits: int | str | None = None,
     ) -> None:
         for value, options in ((what, What), (where, Where), (scheme, Scheme)):
             if value not in get_args(options):
@@ -141,17 +131,29 @@ class Reference:
         self.pairs = list(pairs)
         self.where_kind = where
         self.beta, self.inner_steps, self.scheme = beta, inner_steps, scheme
+        self.source_maps, self.target_maps, self.logits = source_maps, target_maps, logits
         if len(self.sources) != len(self.source_layers):
             raise L2TError("Give a list of layers for each source network.")
         for model, layers in zip([*self.sources, target], [*self.source_layers, self.target_layers], strict=True):
-            if unknown := set(layers) - dict(model.named_modules()).keys():
+            if unknown := {name for name in layers if split(name)[0] not in dict(model.named_modules())}:
                 raise L2TError(f"No layer {min(unknown)!r}; name layers as in named_modules().")
 
-        target.eval()  # so that looking at the channel counts changes no running statistics
+        modes = [(module, module.training) for module in target.modules()]
+        buffers = copy.deepcopy(dict(target.named_buffers()))
+        generators = Generators.get(example.device)
+        target.eval()
+        source_features = self._source_features(example)
+        with torch.no_grad(), Hardsigmoids() as hardsigmoids:
+            _, target_features = forward_with_features(target, self.target_layers, example, target_maps)
+        self._replaces_hardsigmoid = hardsigmoids.met
+        for module, training in modes:
+            module.training = training
         with torch.no_grad():
-            source_features = self._source_features(example)
-            _, target_features = forward_with_features(target, self.target_layers, example)
-        target.train()
+            for name, buffer in target.named_buffers():
+                buffer.copy_(buffers[name])
+        generators.set()
+        if not target.training:
+            target.train()
         self.projections, self.what, self.where = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for s, m, n in self.pairs:
             try:
@@ -192,7 +194,7 @@ class Reference:
 
     def matching_loss(self, x: Tensor, beta: float = 1.0) -> Tensor:
         """L_wfm on images x [B, 3, H, W] with the given β, the target in the mode it is in; a scalar."""
-        _, features = forward_with_features(self.target, self.target_layers, x)
+        _, features = forward_with_features(self.target, self.target_layers, x, self.target_maps)
         return beta * self._matching(x, features)
 
     def step(
@@ -212,12 +214,13 @@ class Reference:
             L2TError: no `val` for scheme "simulation", or a number of batches other than T.
         """
         batches = self._batches(x, y, val)
-        self.target.train()
-        org, matching = self._losses(*batches[0])
-        self._sgd_step(org + matching)
+        with twice_differentiable(self._replaces_hardsigmoid):
+            org, matching = self._losses(*batches[0])
+            self._sgd_step(org + matching)
         metrics = {"loss": org.detach(), "matching_loss": matching.detach()}
         if self.meta_optimizer is not None:
-            metrics["meta_loss"], gradient = self._simulate(batches, val)
+            with twice_differentiable(self._replaces_hardsigmoid):
+                metrics["meta_loss"], gradient = self._simulate(batches, val)
             for p, g in zip(self.phi.values(), gradient, strict=True):
                 p.grad = g
             self.meta_optimizer.step()
@@ -233,9 +236,9 @@ class Reference:
         batches = self._batches(x, y, val)
         if not self.phi:
             return {}
-        self.target.train()
         start = self._save()
-        _, gradient = self._simulate(batches, val)
+        with twice_differentiable(self._replaces_hardsigmoid):
+            _, gradient = self._simulate(batches, val)
         self._restore(start)
         return dict(zip(self.phi, gradient, strict=True))
 
@@ -258,7 +261,7 @@ class Reference:
     def _source_features(self, x: Tensor) -> list[list[Tensor]]:
         with torch.no_grad():
             return [
-                forward_with_features(source, layers, x)[1]
+                forward_with_features(source, layers, x, self.source_maps)[1]
                 for source, layers in zip(self.sources, self.source_layers, strict=True)
             ]
 
@@ -289,12 +292,12 @@ class Reference:
         return loss
 
     def _org(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.target(x), y)
+        return F.cross_entropy(select(self.target(x), self.logits), y)
 
     def _losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """L_org and L_wfm of a batch."""
-        logits, features = forward_with_features(self.target, self.target_layers, x)
-        return F.cross_entropy(logits, y), self.beta * self._matching(x, features)
+        output, features = forward_with_features(self.target, self.target_layers, x, self.target_maps)
+        return F.cross_entropy(select(output, self.logits), y), self.beta * self._matching(x, features)
 
     def _total(self, x: Tensor, y: Tensor) -> Tensor:
         org, matching = self._losses(x, y)
@@ -322,22 +325,19 @@ class Reference:
     def _tensors(self) -> list[Tensor]:
         return [t for m in (self.target, self.projections) for t in (*m.parameters(), *m.buffers())]
 
-    def _rng(self) -> tuple[Tensor, Tensor | None]:
-        device = next(iter(self.theta.values())).device
-        return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    def _device(self) -> torch.device:
+        return next(iter(self.theta.values())).device
 
     def _save(self) -> _State:
         tensors = [t.detach().clone() for t in self._tensors()]
-        return _State(tensors, copy.deepcopy(self.optimizer.state_dict()), *self._rng())
+        return _State(tensors, copy.deepcopy(self.optimizer.state_dict()), Generators.get(self._device()))
 
     def _restore(self, state: _State) -> None:
         with torch.no_grad():
             for t, saved in zip(self._tensors(), state.tensors, strict=True):
                 t.copy_(saved)
         self.optimizer.load_state_dict(state.optimizer)
-        torch.set_rng_state(state.rng)
-        if state.cuda_rng is not None:
-            torch.cuda.set_rng_state(state.cuda_rng, next(iter(self.theta.values())).device)
+        state.generators.set()
 
     def _simulate(self, batches: list[Batch], val: Batch | None) -> tuple[Tensor, list[Tensor]]:
         """L_meta after the simulated steps, and dL_meta/dφ; rolls everything back but the random generators."""
@@ -357,9 +357,11 @@ class Reference:
         theta, phi = list(self.theta.values()), list(self.phi.values())
         for p in (*theta, *phi):
             p.grad = None
-        meta_loss = self._org(*(val or (x, y)))
-        meta_loss.backward()
-        rng, cuda_rng = self._rng()
+        with switched_hooks(self.target) as off:
+            off.append("L_meta is no step")
+            meta_loss = self._org(*(val or (x, y)))
+            meta_loss.backward()
+        generators = Generators.get(self._device())
 
         # A step is g = ∇L(θ) + wd θ; v' = μ v + g; θ' = θ − α v' (Nesterov: θ' = θ − α (g + μ v')).
         # With p = dL_meta/dθ', q = dL_meta/dv', its adjoint is
@@ -372,19 +374,21 @@ class Reference:
         lr, mu, wd, nesterov = (group[k] for k in ("lr", "momentum", "weight_decay", "nesterov"))
         for objective, state in zip(reversed(objectives), reversed(saved), strict=True):
             self._restore(state)
-            gradient = torch.autograd.grad(objective(), theta, create_graph=True, allow_unused=True)
             adjoint_v = [q - lr * (mu if nesterov else 1) * p for p, q in zip(adjoint_p, adjoint_v, strict=True)]
             adjoint_g = [q - lr * p if nesterov else q for p, q in zip(adjoint_p, adjoint_v, strict=True)]
             for p in theta:
                 p.grad = None
-            products = [(g * a).sum() for g, a in zip(gradient, adjoint_g, strict=True) if g is not None]
-            torch.stack(products).sum().backward()  # adds to the gradients of φ
+            with switched_hooks(self.target) as off:
+                gradient = torch.autograd.grad(objective(), theta, create_graph=True, allow_unused=True)
+                products = [(g * a).sum() for g, a in zip(gradient, adjoint_g, strict=True) if g is not None]
+                off.append("the adjoint")
+                torch.stack(products).sum().backward()  # adds to the gradients of φ
             adjoint_p = [
                 p + wd * a + (0 if leaf.grad is None else leaf.grad)
                 for p, a, leaf in zip(adjoint_p, adjoint_g, theta, strict=True)
             ]
             adjoint_v = [mu * q for q in adjoint_v]
-        self._restore(replace(start, rng=rng, cuda_rng=cuda_rng))
+        self._restore(replace(start, generators=generators))
         meta_gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in phi]
         for p in (*theta, *phi):
             p.grad = None

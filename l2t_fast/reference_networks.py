@@ -1,0 +1,152 @@
+"""How the reference runs the user's networks: untouched, with what they hold.
+
+Attention runs on PyTorch's math backend and hardsigmoid as a line through PyTorch's value and slope, since PyTorch
+cannot differentiate its own kernels for them twice.
+
+Backward hooks of parameters and of modules belong to the rule by which a step gets its gradient, g = h(∇L): they act in
+real, simulated and replayed steps, and their derivative is taken. They do not act a second time when that derivative,
+or the one of L_meta, passes the same parameters and modules on its way back. (A custom `autograd.Function`, or a hook
+that a forward pass registers on a tensor in between, defines what a derivative is: it acts wherever autograd passes.)
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from l2t_fast.errors import L2TError
+
+Maps = Mapping[str, Callable[[Any], Tensor]]
+
+
+class Generators(NamedTuple):
+    """States of the random generators of torch, on the CPU and on the device, of Python and of numpy."""
+
+    cpu: Tensor
+    cuda: tuple[torch.device, Tensor] | None
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def get(cls, device: torch.device) -> "Generators":
+        """Their present states."""
+        cuda = (device, torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
+        numpy = np.random.get_state()  # noqa: NPY002  the one that modules use
+        return cls(torch.get_rng_state(), cuda, random.getstate(), numpy)
+
+    def set(self) -> None:
+        """Puts them back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda[1], self.cuda[0])
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+
+
+class Hardsigmoids(TorchFunctionMode):
+    """Computes hardsigmoid as h(x₀) + h'(x₀) (x − x₀) at x₀ = x: PyTorch's own value and slope, and no curvature."""
+
+    met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.hardsigmoid:
+            return func(*args, **(kwargs or {}))
+        self.met = True
+
+        def line(input: Tensor, inplace: bool = False) -> Tensor:
+            with torch.enable_grad():
+                x0 = input.detach().clone().requires_grad_()
+                h0 = F.hardsigmoid(x0)
+                (slope,) = torch.autograd.grad(h0.sum(), x0)
+            h = h0.detach() + slope * (input - x0.detach())
+            return input.copy_(h) if inplace else h
+
+        return line(*args, **(kwargs or {}))
+
+
+def split(layer: str) -> tuple[str, int | None]:
+    """("stage2", 1) of "stage2[1]", and ("stage2", None) of "stage2"."""
+    match = re.fullmatch(r"(.*)\[(\d+)\]", layer)
+    return (match[1], int(match[2])) if match else (layer, None)
+
+
+def forward_with_features(
+    model: nn.Module, layers: Sequence[str], x: Tensor, maps: Maps | None = None
+) -> tuple[Any, list[Tensor]]:
+    """The output of `model` on `x` and the features [B, C, H, W] of `layers`, in that order.
+
+    A layer is named as in `named_modules()`; "stage2[1]" is the second tensor of a list or tuple that "stage2" returns.
+    `maps` turn what some layers give into [B, C, H, W], by their names in `layers`.
+
+    Raises L2TError where a feature was overwritten in place after its layer returned it.
+    """
+    maps = maps or {}
+    taps: dict[str, tuple[Tensor, int]] = {}
+
+    def record(name: str, index: int | None) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            feature = output if index is None else output[index]
+            taps[name] = feature, feature._version
+
+        return hook
+
+    handles = []
+    for name in layers:
+        module, index = split(name)
+        handles.append(model.get_submodule(module).register_forward_hook(record(name, index)))
+    try:
+        output = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (feature, version) in taps.items():
+        if feature._version != version:
+            raise L2TError(f"The output of layer {name!r} is overwritten in place; name the layer after it.")
+    return output, [maps[name](taps[name][0]) if name in maps else taps[name][0] for name in layers]
+
+
+def select(output: Any, logits: int | str | None) -> Tensor:
+    """The logits among the outputs of a network, by position, key or attribute; a tensor alone is the logits."""
+    if isinstance(output, Tensor) or logits is None:
+        return cast(Tensor, output)
+    by_name = isinstance(logits, str) and not isinstance(output, Mapping)
+    return cast(Tensor, getattr(output, str(logits)) if by_name else output[logits])
+
+
+@contextmanager
+def twice_differentiable(hardsigmoid: bool) -> Iterator[None]:
+    """Attention as a formula, and hardsigmoid where it is met."""
+    with sdpa_kernel(SDPBackend.MATH), Hardsigmoids() if hardsigmoid else nullcontext():
+        yield
+
+
+@contextmanager
+def switched_hooks(network: nn.Module) -> Iterator[list[str]]:
+    """Backward hooks of modules and parameters, which let gradients pass once the list given is not empty.
+
+    For graphs made inside, while inside.
+    """
+    off: list[str] = []
+
+    def switched(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: None if off else hook(*args)
+
+    owners = [*network.modules(), *network.parameters()]
+    names = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
+    tables = [table for owner in owners for name in names if (table := getattr(owner, name, None))]
+    saved = [dict(table) for table in tables]
+    for table in tables:
+        table.update({key: switched(hook) for key, hook in table.items()})
+    try:
+        yield off
+    finally:
+        for table, hooks in zip(tables, saved, strict=True):
+            table.update(hooks)
