@@ -13,16 +13,22 @@ from dataclasses import dataclass, replace
 class Part:
     """A factor of an axis.
 
-    Of kind "H", "W" or "B": every `step`-th of the rows, columns or images, counted from 0; "tokens": the positions
-    `grid`, with other tokens before and behind them; "": anything else (channels, heads, what a product made).
+    Of kind "H", "W" or "B": every `step`-th of the `whole` rows, columns or images; of kind "tokens": the positions
+    `grid`, with other tokens before and behind them; of kind "": anything else (channels, heads, what a product made).
     """
 
     kind: str
     size: int
     step: int = 1
+    whole: int = 0
     shift: int = 0  # rolled by so many
     before: int = 0
     grid: "tuple[Part, ...]" = ()
+
+    @property
+    def spans(self) -> bool:
+        """From the first row to the last, not those of a window."""
+        return self.size * self.step == self.whole
 
 
 Axis = tuple[Part, ...]  # outermost first; the sizes multiply to the axis's
@@ -37,6 +43,11 @@ def size_of(axis: Axis) -> int:
 def unknown(size: int) -> Axis:
     """An axis that holds nothing we know of the images' positions: channels, for one."""
     return (Part("", size),)
+
+
+def every(kind: str, size: int) -> Axis:
+    """An axis that is all rows (columns, images), in order."""
+    return (Part(kind, size, whole=size),)
 
 
 def spatial_kinds(axis: Axis) -> set[str]:
@@ -54,7 +65,7 @@ def _joined(parts: Sequence[Part]) -> Axis:
         elif (
             last
             and last.kind == part.kind != "tokens"
-            and (last.step, last.shift) == (part.step * part.size, part.shift)
+            and (last.step, last.whole, last.shift) == (part.step * part.size, part.whole, part.shift)
         ):
             axis[-1] = replace(part, size=last.size * part.size)
         elif part.kind or part.size > 1:
@@ -97,8 +108,8 @@ def viewed(axes: Axes, shape: Sequence[int]) -> Axes:
 def agreed(a: Axis, b: Axis) -> Axis:
     """One axis of two operands that act on each other entry by entry: what either knows, nothing if they differ."""
 
-    def words(axis: Axis) -> list[tuple[str, int, int]]:
-        return [(part.kind, part.size, part.before) for part in axis]
+    def words(axis: Axis) -> list[tuple[str, int, int, bool]]:
+        return [(part.kind, part.size, part.before, part.spans) for part in axis]
 
     if not any(part.kind for part in b):
         return a
@@ -128,10 +139,10 @@ def resized(axes: Axes, shape: Sequence[int]) -> Axes:
         axis = axes[i]
         if size_of(axis) == size:
             return axis
-        kind = axis[0].kind
+        part = axis[0]
         elsewhere = {part.kind for j, rest in enumerate(axes) if j != i for part in rest}
-        if len(axis) == 1 and kind in ("H", "W") and kind not in elsewhere:
-            return (replace(axis[0], size=size),)
+        if len(axis) == 1 and part.kind in ("H", "W") and part.spans and part.kind not in elsewhere:
+            return (Part(part.kind, size, whole=size, shift=part.shift),)
         return unknown(size)
 
     return tuple(one(i, size) for i, size in enumerate(shape))
@@ -141,7 +152,7 @@ def as_map(axes: Axes, shape: Sequence[int]) -> Axes:
     """What is [B, C, H, W] by the kind of the operation; if nothing is known about its rows, that makes them known."""
     axes = resized(axes, shape)
     if len(shape) == 4 and not any(spatial_kinds(axis) for axis in axes):
-        axes = (*axes[:2], (Part("H", shape[2]),), (Part("W", shape[3]),))
+        axes = (*axes[:2], every("H", shape[2]), every("W", shape[3]))
     return axes
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 from l2t_fast.errors import L2TError
-from l2t_fast.learner.axes import Axes, size_of, spatial_kinds
+from l2t_fast.learner.axes import Axes, Axis, Part, size_of, spatial_kinds
 from l2t_fast.learner.trail import AxisTrail
 
 Layout = Literal["NCHW", "NHWC", "tokens"]
@@ -101,7 +101,7 @@ def find_layout(feature: Tensor, trail: AxisTrail, layer: str, role: str, option
     if feature.dim() not in (3, 4):
         raise L2TError(f"{told}, which is no map: tap a layer that gives [B, C, H, W], [B, H, W, C] or [B, N, C].")
     axes = trail.axes(feature)
-    if _is_batch(axes, trail.image_shape[0]):
+    if _is_batch(axes[0]):
         found = _tokens(axes) if feature.dim() == 3 else _four_axes(axes)
         why = "no axes of it are known to be the rows and columns of the images"
     else:
@@ -141,9 +141,8 @@ def _as_told(feature: Tensor, trail: AxisTrail, layer: str, role: str, option: s
     return FeatureMap("tokens", (channels, h, w), prefix)
 
 
-def _is_batch(axes: Axes, images: int) -> bool:
-    first, *others = ({part.kind for part in axis} for axis in axes)
-    return size_of(axes[0]) == images and first <= {"B", ""} and not any("B" in kinds for kinds in others)
+def _is_batch(axis: Axis) -> bool:
+    return len(axis) == 1 and axis[0].kind == "B" and axis[0].spans
 
 
 def _four_axes(axes: Axes) -> FeatureMap | None:
@@ -157,14 +156,14 @@ def _four_axes(axes: Axes) -> FeatureMap | None:
 
 
 def _place(axes: Axes, kind: str) -> int | None:
-    """The one axis that is the rows (columns), whole and in order."""
-    places = [i for i, axis in enumerate(axes) if len(axis) == 1 and axis[0].kind == kind and not axis[0].shift]
-    if len(places) != 1:
-        return None
-    step = axes[places[0]][0].step
-    others = [part for i, axis in enumerate(axes) if i != places[0] for part in axis]
-    # Finer rows may lie in the channels (space to depth), coarser ones would be windows.
-    return None if any(p.kind == "tokens" or (p.kind == kind and p.step >= step) for p in others) else places[0]
+    """The one axis that is the rows (columns), whole and in order. Finer rows may lie in the channels."""
+    places = [i for i, axis in enumerate(axes) if len(axis) == 1 and axis[0].kind == kind and _in_order(axis[0])]
+    tokens = any(part.kind == "tokens" for axis in axes for part in axis)
+    return places[0] if len(places) == 1 and not tokens else None
+
+
+def _in_order(part: Part) -> bool:
+    return part.spans and not part.shift
 
 
 def _tokens(axes: Axes) -> FeatureMap | None:
@@ -173,6 +172,6 @@ def _tokens(axes: Axes) -> FeatureMap | None:
     axis, prefix = axes[1], 0
     if len(axis) == 1 and axis[0].kind == "tokens":
         axis, prefix = axis[0].grid, axis[0].before
-    if [part.kind for part in axis] != ["H", "W"] or any(part.shift for part in axis):
+    if [part.kind for part in axis] != ["H", "W"] or not all(map(_in_order, axis)):
         return None
     return FeatureMap("tokens", (size_of(axes[2]), axis[0].size, axis[1].size), prefix)

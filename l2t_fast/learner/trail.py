@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from l2t_fast.learner.axes import (
     Axes,
     Axis,
-    Part,
     agreed,
     as_map,
     broadcast,
     concatenated,
+    every,
     resized,
     size_of,
     sliced,
@@ -125,6 +125,30 @@ def _selected(call: _Call) -> Axes:
     return tuple(axis for i, axis in enumerate(call.operands[0]) if i != call.dim)
 
 
+def _unfolded(call: _Call) -> Axes:
+    """Patches [B, C k k, H W], each at its place in the map of patches."""
+    (batch, _, *axes), given = call.operands[0], call.given
+    sizes = [
+        (size_of(axis) + 2 * p - d * (k - 1) - 1) // s + 1
+        for axis, k, d, p, s in zip(
+            axes, given["kernel_size"], given["dilation"], given["padding"], given["stride"], strict=True
+        )
+    ]
+    rows, columns = resized(tuple(axes), sizes)
+    return (batch, unknown(call.shape[1]), (*rows, *columns))
+
+
+def _windowed(call: _Call) -> Axes:
+    """`x.unfold(dim, size, step)`: windows that tile the axis split it, their entries come last."""
+    axes, dim = call.operands[0], call.given["dimension"]
+    shape = (call.shape[dim], call.given["size"])
+    tiles = call.given["step"] == call.given["size"]
+    outer, inner = viewed((axes[dim],), shape) if tiles else map(unknown, shape)
+    rest = list(axes)
+    rest[dim] = outer
+    return (*rest, inner)
+
+
 def _restrided(call: _Call) -> Axes:
     """Only the strides of axes with one entry may change."""
     axes, strides = call.operands[0], call.given["stride"]
@@ -180,7 +204,8 @@ def _reduced(call: _Call) -> Axes:
         return tuple(axis for i, axis in enumerate(axes) if i not in dims)
 
     def one(axis: Axis) -> Axis:
-        return (Part(axis[0].kind, 1),) if len(axis) == 1 and axis[0].kind in ("H", "W") else unknown(1)
+        rows = len(axis) == 1 and axis[0].kind in ("H", "W") and axis[0].spans
+        return every(axis[0].kind, 1) if rows else unknown(1)
 
     return tuple(one(axis) if i in dims else axis for i, axis in enumerate(axes))
 
@@ -192,6 +217,8 @@ _RULES: dict[Callable[[_Call], Axes], str] = {
     _entrywise: "copy expand repeat where masked_fill hardswish prelu _prelu_kernel rrelu_with_noise",
     _convolution: "convolution _convolution cudnn_convolution mkldnn_convolution deform_conv2d",
     _folded: "col2im",
+    _unfolded: "im2col",
+    _windowed: "unfold",
     _spatial: "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
     "_native_batch_norm_legit_no_training _batch_norm_with_update avg_pool2d max_pool2d_with_indices max_pool2d "
     "fractional_max_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d "
@@ -235,7 +262,7 @@ class AxisTrail(TorchDispatchMode):
         # Autograd hands on another object than the one seen here, but over the same numbers. A weak reference
         # keeps the address of a freed storage from being given to another.
         self._axes: dict[Any, Axes] = {}
-        self._set(image, ((Part("B", b),), unknown(c), (Part("H", h),), (Part("W", w),)))
+        self._set(image, (every("B", b), unknown(c), every("H", h), every("W", w)))
 
     def axes(self, tensor: Tensor) -> Axes:
         """What is known of each axis."""
@@ -254,12 +281,17 @@ class AxisTrail(TorchDispatchMode):
         given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
         given |= dict(zip((argument.name for argument in arguments), args, strict=False)) | (kwargs or {})
         tensors = [tensor for argument in arguments for tensor in _tensors(given.get(argument.name))]
+        rule = _rule(func, given) if tensors else None
+        if rule is None:  # under inference_mode even a convolution comes in one piece
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         # All of it before the call, which may change strides and shapes in place.
         before = [_identity(tensor) for tensor in tensors[:1]]
         operands, strides = [self.axes(tensor) for tensor in tensors], tensors[0].stride() if tensors else ()
         result = func(*args, **(kwargs or {}))
 
-        rule = _rule(func, given) if operands else None
         if rule not in (_entrywise, _product) and not (operands and operands[0]):  # a scalar has no axes
             rule = None
         returned = _tensors(result)
@@ -282,12 +314,11 @@ def _rule(func: Any, given: dict[str, Any]) -> Callable[[_Call], Axes] | None:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [v for v in value if isinstance(v, Tensor)] if isinstance(value, list | tuple) else []
+    """The dense tensors in an argument or result."""
+    if isinstance(value, list | tuple):
+        return [tensor for v in value for tensor in _tensors(v)]
+    return [value] if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested else []
 
 
 def _identity(tensor: Tensor) -> Any:
-    if tensor.layout is not torch.strided:
-        return id(tensor)
     return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -179,6 +180,18 @@ KNOWN: dict[str, tuple[nn.Module, Tensor, FeatureMap]] = {
         WIDE,
         FeatureMap("NHWC", (32, 4, 6)),
     ),
+    "patches by nn.Unfold": (
+        nn.Sequential(nn.Unfold(4, stride=4), Do(lambda x: x.transpose(1, 2)), nn.Linear(48, 5)),
+        WIDE,
+        FeatureMap("tokens", (5, 4, 6)),
+    ),
+    "patches by unfold": (
+        Do(
+            lambda x, f: f(x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)), nn.Linear(48, 5)
+        ),
+        WIDE,
+        FeatureMap("NHWC", (5, 4, 6)),
+    ),
     "1 x 1": (stem(nn.AdaptiveAvgPool2d(1)), WIDE, FeatureMap("NCHW", (8, 1, 1))),
     "1 x 1, channels last": (
         stem(nn.AdaptiveAvgPool2d(1), permute(0, 2, 3, 1), nn.LayerNorm(8)), WIDE, FeatureMap("NHWC", (8, 1, 1))
@@ -219,12 +232,12 @@ def autocast(f: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", KNOWN)
-def test_known_layouts(name: str, grad: bool) -> None:
+def test_known_layouts(name: str, mode: type[AbstractContextManager[None]]) -> None:
     module, x, expected = KNOWN[name]
-    with torch.set_grad_enabled(grad):
-        assert find(module.train(grad), x) == expected
+    with mode():
+        assert find(module.train(mode is torch.enable_grad), x) == expected
 
 
 class ChannelsLast(torch.autograd.Function):
@@ -254,6 +267,12 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, str]] = {
     "linear on the columns": (cube(nn.Linear(8, 8)), SQUARE, "[2, 8, 8, 8]"),
     "windows": (stem(permute(0, 2, 3, 1), Do(windows)), WIDE, "[12, 16, 8]"),
     "attention weights": (stem(tokens(), Do(lambda x: (x @ x.transpose(1, 2))[:, None])), WIDE, "[2, 1, 96, 96]"),
+    "a window": (stem(Do(lambda x: x.view(2, 8, 2, 4, 12)[:, :, 1])), WIDE, "[2, 8, 4, 12]"),
+    "a pooled window": (
+        stem(Do(lambda x: x.view(2, 8, 2, 4, 12).mean(2)), nn.MaxPool2d(2)), WIDE, "[2, 8, 2, 6]"
+    ),
+    "patches that overlap": (stem(Do(lambda x: x.mean(1).unfold(1, 4, 3))), WIDE, "[2, 2, 12, 4]"),
+    "images in another order": (stem(Do(lambda x: x[[1, 0]])), WIDE, "[2, 8, 8, 12]"),
     "rolled": (stem(Do(lambda x: x.roll(3, dims=2))), WIDE, "[2, 8, 8, 12]"),
     "mirrored": (stem(Do(lambda x: x.flip(3))), WIDE, "[2, 8, 8, 12]"),
     "columns before rows": (cube(permute(0, 1, 3, 2)), SQUARE, "[2, 8, 8, 8]"),
