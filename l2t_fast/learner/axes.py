@@ -1,0 +1,190 @@
+"""Axes of a tensor, named by what they hold of the images: pure algebra on names and sizes, no tensor is touched.
+
+An axis is a product of parts, outermost first: rows, columns, images, or something else. A view splits and joins parts,
+so that windows, heads or tokens [B, H W, C] are known for what they are, and come back as rows and columns.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Part:
+    """A factor of an axis.
+
+    Of kind "H", "W" or "B": every `step`-th of the `whole` rows, columns or images; of kind "tokens": the positions
+    `grid`, with other tokens before and behind them; of kind "": anything else (channels, heads, what a product made).
+    """
+
+    kind: str
+    size: int
+    step: int = 1
+    whole: int = 0
+    shift: int = 0  # rolled by so many
+    before: int = 0
+    grid: "tuple[Part, ...]" = ()
+
+    @property
+    def spans(self) -> bool:
+        """From the first row to the last, not those of a window."""
+        return self.size * self.step == self.whole
+
+
+Axis = tuple[Part, ...]  # outermost first; the sizes multiply to the axis's
+Axes = tuple[Axis, ...]
+
+
+def size_of(axis: Axis) -> int:
+    """Entries of the axis."""
+    return math.prod(part.size for part in axis)
+
+
+def unknown(size: int) -> Axis:
+    """An axis that holds nothing we know of the images' positions: channels, for one."""
+    return (Part("", size),)
+
+
+def every(kind: str, size: int) -> Axis:
+    """An axis that is all rows (columns, images), in order."""
+    return (Part(kind, size, whole=size),)
+
+
+def spatial_kinds(axis: Axis) -> set[str]:
+    """What the axis holds of rows and columns."""
+    return {part.kind for part in axis} & {"H", "W", "tokens"}
+
+
+def _joined(parts: Sequence[Part]) -> Axis:
+    """The parts of one axis, those that belong together made one."""
+    axis: list[Part] = []
+    for part in parts:
+        last = axis[-1] if axis else None
+        if last and last.kind == part.kind == "":
+            axis[-1] = Part("", last.size * part.size)
+        elif (
+            last
+            and last.kind == part.kind != "tokens"
+            and (last.step, last.whole, last.shift) == (part.step * part.size, part.whole, part.shift)
+        ):
+            axis[-1] = replace(part, size=last.size * part.size)
+        elif part.kind or part.size > 1:
+            axis.append(part)
+    return tuple(axis) or unknown(1)
+
+
+def viewed(axes: Axes, shape: Sequence[int]) -> Axes:
+    """The same numbers in the same order, as other axes."""
+    if not math.prod(shape) == math.prod(map(size_of, axes)) > 0:
+        return tuple(unknown(size) for size in shape)
+    parts = [part for axis in axes for part in axis if part.kind or part.size > 1]
+    result: list[Axis] = []
+    for i, size in enumerate(shape):
+        taken: list[Part] = []
+        if size == 1:  # of the parts of size 1 those that the following axes of size 1 do not need
+            ones = next((j for j, part in enumerate(parts) if part.size > 1), len(parts))
+            places = next((j for j, s in enumerate(shape[i:]) if s > 1), len(shape) - i)
+            count = max(ones - places + 1, min(ones, 1))
+            taken, parts = parts[:count], parts[count:]
+        while (left := size // math.prod(p.size for p in taken)) > 1:
+            part = parts.pop(0)
+            if left % part.size == 0:
+                taken.append(part)
+            elif part.size % left == 0:
+                inner = part.size // left
+                split = part.kind != "tokens"
+                taken.append(replace(part, size=left, step=part.step * inner) if split else Part("", left))
+                parts.insert(0, replace(part, size=inner) if split else Part("", inner))
+            else:
+                return (*result, *(unknown(s) for s in shape[i:]))
+        # A map of one column: its column goes with its rows, unless an axis of size 1 waits for it.
+        alone = i + 1 == len(shape) or (shape[i + 1] > 1 and spatial_kinds(tuple(taken)))
+        while size > 1 and alone and parts and parts[0].size == 1:
+            taken.append(parts.pop(0))
+        result.append(_joined(taken))
+    return tuple(result)
+
+
+def agreed(a: Axis, b: Axis) -> Axis:
+    """One axis of two operands that act on each other entry by entry: what either knows, nothing if they differ."""
+
+    def words(axis: Axis) -> list[tuple[str, int, int, bool]]:
+        return [(part.kind, part.size, part.before, part.spans) for part in axis]
+
+    if not any(part.kind for part in b):
+        return a
+    if not any(part.kind for part in a):
+        return b
+    if words(a) != words(b):
+        return unknown(size_of(a))
+    return b if any(part.shift for part in a) else a
+
+
+def broadcast(operands: Sequence[Axes], shape: Sequence[int]) -> Axes:
+    """The axes of what is computed entry by entry."""
+    result = []
+    for place, size in enumerate(shape, start=-len(shape)):
+        axis = unknown(size)
+        for axes in operands:
+            if -place <= len(axes) and size_of(axes[place]) == size:
+                axis = agreed(axis, axes[place])
+        result.append(axis)
+    return tuple(result)
+
+
+def resized(axes: Axes, shape: Sequence[int]) -> Axes:
+    """Rows and columns pooled, cropped, padded: still rows and columns, where the axis holds nothing else."""
+
+    def one(i: int, size: int) -> Axis:
+        axis = axes[i]
+        if size_of(axis) == size:
+            return axis
+        part = axis[0]
+        elsewhere = {part.kind for j, rest in enumerate(axes) if j != i for part in rest}
+        if len(axis) == 1 and part.kind in ("H", "W") and part.spans and part.kind not in elsewhere:
+            return (Part(part.kind, size, whole=size, shift=part.shift),)
+        return unknown(size)
+
+    return tuple(one(i, size) for i, size in enumerate(shape))
+
+
+def as_map(axes: Axes, shape: Sequence[int]) -> Axes:
+    """What is [B, C, H, W] by the kind of the operation; if nothing is known about its rows, that makes them known."""
+    axes = resized(axes, shape)
+    if len(shape) == 4 and not any(spatial_kinds(axis) for axis in axes):
+        axes = (*axes[:2], every("H", shape[2]), every("W", shape[3]))
+    return axes
+
+
+def sliced(axes: Axes, dim: int, start: int, size: int) -> Axes:
+    """Axis `dim` from `start` on; tokens without those before them are the positions themselves."""
+    (*_, part), whole = axes[dim], size_of(axes[dim])
+    shape = [size_of(axis) for axis in axes]
+    if len(axes[dim]) == 1 and part.kind == "tokens" and size != whole:
+        positions = size_of(part.grid)
+        before = part.before - start
+        if before == 0 and size == positions:
+            new = part.grid
+        elif before >= 0 and size >= before + positions:
+            new = (replace(part, size=size, before=before),)
+        else:
+            new = unknown(size)
+        return (*axes[:dim], new, *axes[dim + 1 :])
+    return resized(axes, [*shape[:dim], size, *shape[dim + 1 :]])
+
+
+def concatenated(operands: Sequence[Axes], dim: int, shape: Sequence[int]) -> Axes:
+    """Positions with other entries before or behind them are tokens; two sets of positions are nothing known."""
+    parts = [axes[dim] for axes in operands]
+    positions = [i for i, axis in enumerate(parts) if spatial_kinds(axis)]
+    new = unknown(shape[dim])
+    if len(operands) == 1:
+        new = parts[0]
+    elif len(positions) == 1 and "B" not in {part.kind for part in parts[positions[0]]}:
+        (i,) = positions
+        before, grid = sum(size_of(axis) for axis in parts[:i]), parts[i]
+        if grid[0].kind == "tokens":
+            before, grid = before + grid[0].before, grid[0].grid
+        new = (Part("tokens", shape[dim], before=before, grid=grid),)
+    rest = broadcast(operands, shape)
+    return (*rest[:dim], new, *rest[dim + 1 :])
