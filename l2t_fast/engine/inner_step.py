@@ -89,6 +89,7 @@ def gradient(
     heads = {name.removeprefix(_TERMS): p for name, p in theta.items() if name.startswith(_TERMS)} if total else {}
     of_target = _of_target(networks.target, theta, batch.x.dtype)
     constant = not any(p.requires_grad for p in theta.values())
+    pull: Any
     if networks.traced:
         outputs, pull, auxiliary = torch.func.vjp(forward, of_target, heads, has_aux=True)  # type: ignore[misc]
     else:

@@ -11,29 +11,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.generators import generators_kept
+from l2t_fast.learner.layout import FeatureMap, find_layout, parse_layer, pick
 from l2t_fast.learner.pairs import Shape
 from l2t_fast.learner.places import read_attributes, set_attributes
+from l2t_fast.learner.trail import AxisTrail
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A layer, called for the (`call` + 1)-th time in a forward pass."""
+    """A layer, called for the (`call` + 1)-th time in a forward pass, and how its feature becomes a map."""
 
     name: str
     module: nn.Module
-    call: int = 0
+    call: int
+    role: str
+    map: FeatureMap
+    tokens: int  # of the feature, where it has such
 
     def pick(self, output: Any) -> Tensor:
         """The feature in what the layer returned."""
-        assert isinstance(output, Tensor)
-        return output
+        return pick(output, self.name, self.role)
 
     def as_map(self, feature: Tensor) -> Tensor:
         """[B, C, H, W]."""
-        return feature
+        if self.map.layout == "tokens" and feature.shape[1] != self.tokens:
+            raise L2TError(
+                f"layer '{self.name}' of the {self.role} gives {feature.shape[1]} tokens, not {self.tokens} as for the "
+                "example: give images of the example's size."
+            )
+        return self.map.to_map(feature)
 
 
 class Found(NamedTuple):
@@ -82,7 +92,8 @@ def find_taps(
     logits: int | str | None,
     layout: Mapping[str, str],
 ) -> Found:
-    """Taps `layers` of `module`, named as in `named_modules()`; `relu_1` is the second call of `relu`.
+    """Taps `layers` of `module`, named as in `named_modules()`; `relu_1` is the second call of `relu`, `stage2[1]` the
+    second of several features.
 
     The module runs once, in the modes that it is in, on images like `example` [B, C, H, W]; everything is put back.
     Without `output` the features alone are wanted. `role` ("target", "source 0") names the module in errors.
@@ -96,29 +107,25 @@ def find_taps(
         raise L2TError(f"the layers of the {role} must be a list of names, not {layers!r}.")
     modules = dict(module.named_modules())
     watched = {layer: _module_of(layer, modules) for layer in layers}
-    x_shape = (2, *example.shape[1:])  # two, since BatchNorm cannot train on one image
     with undisturbed(module, example.device), torch.no_grad():
         torch.manual_seed(0)
-        trial = _Trial({m for found in watched.values() if found for m in [found[0]]})
-        result = trial.run(module, torch.randn(x_shape).to(example), role)
+        x = torch.randn(2, *example.shape[1:]).to(example)  # two, since BatchNorm cannot train on one image
+        trial = _Trial({m for found in watched.values() if found for m in [found[0]]}, AxisTrail(x))
+        result = trial.run(module, x, role)
     taps: list[Tap] = []
     features: list[Tensor] = []
     for layer in layers:
-        tap, feature = _tap(layer, watched[layer], modules, trial, role)
+        module_, call, feature = _feature(layer, watched[layer], modules, trial, role)
         if output and feature is result:
             raise L2TError(f"layer '{layer}' is the output of the {role}, not a feature: tap an earlier layer.")
         same = next((taps[i].name for i, other in enumerate(features) if other is feature), None)
         if same is not None:
             raise L2TError(f"layers '{layer}' and '{same}' of the {role} are the same feature: give it once.")
-        if feature.dim() != 4:
-            raise L2TError(
-                f"layer '{layer}' of the {role} gives {list(feature.shape)}, but only features [B, C, H, W] can be "
-                "matched."
-            )
-        taps.append(tap)
+        as_map = find_layout(feature, trial.trail, layer, role, layout.get(layer))
+        taps.append(Tap(layer, module_, call, role, as_map, feature.shape[1]))
         features.append(feature)
     trial.check_overwritten(taps, role, to_the_end=output)
-    shapes = tuple((f.shape[1], f.shape[2], f.shape[3]) for f in features)
+    shapes = tuple(tap.map.shape for tap in taps)
     if not output:
         return Found(taps, shapes, 0, 0, None)
     classes = logits_of(result, logits, role).shape[1]
@@ -158,21 +165,23 @@ def _what(result: Any) -> str:
 
 def _module_of(layer: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, int | None] | None:
     """(the module, which call of it: None where the name does not say) that a name means."""
-    if layer in modules and layer:
-        return modules[layer], None
-    numbered = re.fullmatch(r"(.+)_(\d+)", layer)
+    name, _ = parse_layer(layer)
+    if name in modules and name:
+        return modules[name], None
+    numbered = re.fullmatch(r"(.+)_(\d+)", name)
     if numbered and numbered[1] in modules:
         return modules[numbered[1]], int(numbered[2])
     return None
 
 
-def _tap(
+def _feature(
     layer: str,
     found: tuple[nn.Module, int | None] | None,
     modules: Mapping[str, nn.Module],
     trial: "_Trial",
     role: str,
-) -> tuple[Tap, Tensor]:
+) -> tuple[nn.Module, int, Tensor]:
+    """(the module, which call of it, the feature) that a name means."""
     if found is None:
         names = [name for name in modules if name]
         near = difflib.get_close_matches(layer, names, n=4, cutoff=0.3) or names[:8]
@@ -192,10 +201,7 @@ def _tap(
         )
     if (call or 0) >= len(calls):
         raise L2TError(f"layer '{layer}' of the {role} is called {len(calls)} times only, counted from 0.")
-    output = calls[call or 0].output
-    if not isinstance(output, Tensor):
-        raise L2TError(f"layer '{layer}' of the {role} returns {_what(output)}, not one tensor.")
-    return Tap(layer, module, call or 0), output
+    return module, call or 0, pick(calls[call or 0].output, layer, role)
 
 
 def _listed(lead: str, names: Sequence[str]) -> str:
@@ -206,16 +212,16 @@ class _Call(NamedTuple):
     """One call of a watched module."""
 
     output: Any
-    version: int  # of what it returned, then
+    versions: dict[int, int]  # of the tensors that it returned, then
     number: int  # of calls that had returned before
 
 
 class _Trial(TorchDispatchMode):
     """One forward pass, and what the watched modules return in it."""
 
-    def __init__(self, watched: set[nn.Module]) -> None:
+    def __init__(self, watched: set[nn.Module], trail: AxisTrail) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._watched = watched
+        self._watched, self.trail = watched, trail
         self.calls: dict[nn.Module, list[_Call]] = {}
         self._linear: list[tuple[nn.Module, Any, Any]] = []
         self._writes: list[tuple[int, int, str]] = []  # (storage, how many calls had returned, operation)
@@ -225,7 +231,7 @@ class _Trial(TorchDispatchMode):
         handles = [m.register_forward_hook(self._note) for m in self._watched]
         handles += [m.register_forward_hook(self._note_linear) for m in module.modules() if isinstance(m, nn.Linear)]
         try:
-            with self:
+            with self.trail, self:
                 return module(x)
         except L2TError:
             raise
@@ -237,8 +243,8 @@ class _Trial(TorchDispatchMode):
                 handle.remove()
 
     def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        tracked = isinstance(output, Tensor) and not output.is_inference()
-        call = _Call(output, output._version if tracked else -1, self._count)
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and not t.is_inference()]
+        call = _Call(output, {id(t): t._version for t in tensors}, self._count)
         self.calls.setdefault(module, []).append(call)
         self._count += 1
 
@@ -266,9 +272,10 @@ class _Trial(TorchDispatchMode):
         calls = [self.calls[tap.module][tap.call] for tap in taps]
         last = max((call.number for call in calls), default=0)
         for tap, call in zip(taps, calls, strict=True):
-            if call.output.is_inference() or call.output._version == call.version:
+            feature = tap.pick(call.output)
+            if feature.is_inference() or feature._version == call.versions[id(feature)]:
                 continue
-            storage = call.output.untyped_storage()._cdata
+            storage = feature.untyped_storage()._cdata
             later = [(count, name) for where, count, name in self._writes if where == storage and count > call.number]
             if to_the_end or not later or later[0][0] <= last:
                 name = later[0][1] if later else "an operation"
