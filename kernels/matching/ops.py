@@ -19,7 +19,6 @@ be differentiated twice. The adjoint itself is not differentiable (no third orde
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from l2t_fast.kernels.matching import aten as torch_impl
-
-_TRITON = find_spec("triton") is not None  # it is for Linux
+from l2t_fast.kernels import launch
+from l2t_fast.kernels.matching import aten
 
 Grads = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -40,14 +38,19 @@ def implementation(feature: Tensor) -> ModuleType:
     Without tensor cores Triton's products keep so little in registers that d would be formed many times over; cuBLAS's
     are the better ones. Float64 is there to check with.
     """
-    if not _TRITON or not feature.is_cuda or not feature.numel():
-        return torch_impl
+    if not launch.TRITON or not feature.is_cuda or not feature.numel():
+        return aten
     tf32 = feature.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     if feature.dtype == torch.bfloat16 or tf32:
-        from l2t_fast.kernels.matching import triton_launch as triton_impl
+        from l2t_fast.kernels.matching import triton_launch
 
-        return triton_impl
-    return torch_impl
+        return triton_launch
+    return aten
+
+
+def reads_resized(feature: Tensor) -> bool:
+    """Whether R(S), made once, serves features like this one better than S: where it is no part of the kernels."""
+    return implementation(feature) is aten
 
 
 @torch.library.custom_op("l2t::matching_gradient", mutates_args=())

@@ -18,7 +18,8 @@ from l2t_fast.engine.compile import Functions, Say
 from l2t_fast.engine.inner_step import Batch
 from l2t_fast.engine.precision import arithmetic, images, lay_out
 from l2t_fast.errors import L2TError, UnfitError
-from l2t_fast.kernels.sgd.step import SGD, sgd_step_
+from l2t_fast.kernels.sgd.rule import SGD
+from l2t_fast.kernels.sgd.step import sgd_step_
 from l2t_fast.learner.learner import L2T
 
 Images = Tensor | Sequence[Tensor]

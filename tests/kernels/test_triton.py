@@ -18,10 +18,9 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime import interpreter
 
 from benchmarks.suites import aot
-from l2t_fast.kernels.matching import aten as torch_impl
-from l2t_fast.kernels.matching import blocks as configs
-from l2t_fast.kernels.matching import ops, plan
-from l2t_fast.kernels.matching import triton_launch as triton_impl
+from l2t_fast.kernels import launch
+from l2t_fast.kernels.matching import aten, ops, plan, triton_launch
+from l2t_fast.kernels.matching.blocks import CONFIGS
 from tests.kernels.matching_cases import CASES, flat, random_inputs
 
 pytestmark = pytest.mark.core
@@ -89,7 +88,7 @@ def gradient_and_adjoint(implementation: Any, inputs: list, u: list) -> tuple[Te
 
 
 def in_float64(inputs: list, u: list) -> tuple[Tensor, ...]:
-    return gradient_and_adjoint(torch_impl, *tree_map_only(Tensor, Tensor.double, (inputs, u)))
+    return gradient_and_adjoint(aten, *tree_map_only(Tensor, Tensor.double, (inputs, u)))
 
 
 def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
@@ -102,7 +101,7 @@ def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
 
 def check(inputs: list, u: list) -> tuple[Tensor, ...]:
     """Gradient and adjoint are ATen's, in the promised strides; returns them."""
-    ours = gradient_and_adjoint(triton_impl, inputs, u)
+    ours = gradient_and_adjoint(triton_launch, inputs, u)
     assert_same(ours, in_float64(inputs, u))
     targets, _, weights, biases, a, *_ = inputs
     g_T = [torch.empty_like(t) for t in targets]
@@ -118,9 +117,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels, as they are launched."""
     names: list[str] = []
     kernels = {
-        "position": triton_impl.position_kernel,
-        "channel": triton_impl.channel_kernel,
-        "reduction": triton_impl.reduction_kernel,
+        "position": triton_launch.position_kernel,
+        "channel": triton_launch.channel_kernel,
+        "reduction": triton_launch.reduction_kernel,
     }
     for name, kernel in kernels.items():
 
@@ -137,11 +136,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks so small, and a workspace so large, that tiny shapes have several of each, and split samples."""
     table = {
         key: dataclasses.replace(pinned, chunk=16, tile=256, positions=16, channels=16, step=16, waves=100)
-        for key, pinned in configs.CONFIGS["interpreter"].items()
+        for key, pinned in CONFIGS["interpreter"].items()
     }
-    monkeypatch.setitem(configs.CONFIGS, triton_impl.device_properties(DEVICE)[0], table)
+    monkeypatch.setitem(CONFIGS, launch.device_properties(DEVICE)[0], table)
     monkeypatch.setattr(plan, "WORKSPACE", 100.0)
-    for module in (plan, triton_impl):
+    for module in (plan, triton_launch):
         monkeypatch.setattr(module, "REDUCED", 64)
     clear_plans()
     yield
@@ -158,11 +157,11 @@ def test_operators(name: str) -> None:
     inputs, u = problem(SHAPES[name])
     *tensors, a, source_of, target_of = inputs
     ours = check(inputs, u)
-    assert_same(triton_impl.matching_distances(*tensors, source_of, target_of), ours[: len(a)])
-    E, *gradient = triton_impl.matching_gradient(*inputs, False)
+    assert_same(triton_launch.matching_distances(*tensors, source_of, target_of), ours[: len(a)])
+    E, *gradient = triton_launch.matching_gradient(*inputs, False)
     assert E == []
     assert_same(flat(gradient), ours[len(a) :][: len(flat(gradient))])
-    *primal, v_a = triton_impl.matching_adjoint(*inputs[:5], *u, source_of, target_of, False)
+    *primal, v_a = triton_launch.matching_adjoint(*inputs[:5], *u, source_of, target_of, False)
     assert primal == [[], [], []]
     assert_same(v_a, ours[-len(a) :])
 
@@ -254,12 +253,12 @@ def test_precision(features: torch.dtype, parameters: torch.dtype, rounding_of_h
     for seed in range(6):
         inputs, u = problem(shapes, 4, seed, features, parameters)
         exact = in_float64(inputs, u)
-        results = [gradient_and_adjoint(implementation, inputs, u) for implementation in (triton_impl, torch_impl)]
+        results = [gradient_and_adjoint(implementation, inputs, u) for implementation in (triton_launch, aten)]
         assert [x.dtype for x in results[0]] == [x.dtype for x in results[1]]
         for result, errors in zip(results, (ours, atens), strict=True):
             errors.append([((x.double() - y).norm() / y.norm()).item() for x, y in zip(result, exact, strict=True)])
-    our, aten = (torch.tensor(errors).square().mean(0).sqrt() for errors in (ours, atens))
-    assert (our <= 1.2 * aten).all(), our / aten
+    our, theirs = (torch.tensor(errors).square().mean(0).sqrt() for errors in (ours, atens))
+    assert (our <= 1.2 * theirs).all(), our / theirs
 
 
 MARGIN = 64  # elements; keeps the alignment
@@ -317,11 +316,11 @@ def test_launches(pairs: int, launches: list[str], small_blocks: None) -> None:
         return launches.copy()
 
     three = ["position", "channel", "reduction"]
-    assert launched(triton_impl.matching_distances, *inputs[:4], *inputs[5:]) == ["channel"]
-    assert launched(triton_impl.matching_gradient, *inputs, True) == three
-    assert launched(triton_impl.matching_gradient, *inputs, False) == three
-    assert launched(triton_impl.matching_adjoint, *inputs[:5], *u, *inputs[5:], True) == three
-    assert launched(triton_impl.matching_adjoint, *inputs[:5], *u, *inputs[5:], False) == ["channel"]
+    assert launched(triton_launch.matching_distances, *inputs[:4], *inputs[5:]) == ["channel"]
+    assert launched(triton_launch.matching_gradient, *inputs, True) == three
+    assert launched(triton_launch.matching_gradient, *inputs, False) == three
+    assert launched(triton_launch.matching_adjoint, *inputs[:5], *u, *inputs[5:], True) == three
+    assert launched(triton_launch.matching_adjoint, *inputs[:5], *u, *inputs[5:], False) == ["channel"]
 
 
 @pytest.mark.cuda
@@ -338,10 +337,10 @@ def test_launches_of_a_profile() -> None:
             torch.cuda.synchronize()
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
-    assert kernels(triton_impl.matching_distances, *inputs[:4], *inputs[5:]) == 1
-    assert 2 <= kernels(triton_impl.matching_gradient, *inputs, True) <= 3
-    assert 2 <= kernels(triton_impl.matching_adjoint, *inputs[:5], *u, *inputs[5:], True) <= 3
-    assert kernels(triton_impl.matching_adjoint, *inputs[:5], *u, *inputs[5:], False) == 1
+    assert kernels(triton_launch.matching_distances, *inputs[:4], *inputs[5:]) == 1
+    assert 2 <= kernels(triton_launch.matching_gradient, *inputs, True) <= 3
+    assert 2 <= kernels(triton_launch.matching_adjoint, *inputs[:5], *u, *inputs[5:], True) <= 3
+    assert kernels(triton_launch.matching_adjoint, *inputs[:5], *u, *inputs[5:], False) == 1
 
 
 @pytest.mark.parametrize("blocks", ["pinned", "small"])
@@ -350,10 +349,10 @@ def test_the_same_bits_again(blocks: str, request: pytest.FixtureRequest) -> Non
     if blocks == "small":
         request.getfixturevalue("small_blocks")
     inputs, u = problem(MANY, features=torch.float32)
-    first = gradient_and_adjoint(triton_impl, inputs, u)
+    first = gradient_and_adjoint(triton_launch, inputs, u)
     caches = plan.position_launch, plan.channel_launch
     misses = [cache.cache_info().misses for cache in caches]
-    assert all(map(torch.equal, first, gradient_and_adjoint(triton_impl, inputs, u)))
+    assert all(map(torch.equal, first, gradient_and_adjoint(triton_launch, inputs, u)))
     assert [cache.cache_info().misses for cache in caches] == misses
 
 
@@ -405,13 +404,13 @@ def test_memory(case: str, dtype: torch.dtype, precision: str) -> None:
 def test_position_programs_cover_all(case: str, adjoint: bool, dtype: torch.dtype, precision: str) -> None:
     """Every channel chunk at every position of every sample once, unpaired layers too."""
     batch, sources, targets, pairs = PLANS[case]
-    launch = plan.position_launch(signature(batch, sources, targets, dtype, precision, pairs), adjoint)
+    planned = plan.position_launch(signature(batch, sources, targets, dtype, precision, pairs), adjoint)
     seen = []
-    for (C, H, W), (_, _, _, _, CHUNK, BP, HP, _, _) in zip(targets, launch.layers, strict=True):
+    for (C, H, W), (_, _, _, _, CHUNK, BP, HP, _, _) in zip(targets, planned.layers, strict=True):
         assert BP % HP == 0
         seen.append(torch.zeros(batch, H * W, -(-C // CHUNK), dtype=torch.int32))
-    for n, chunk, b, tile, *_ in launch.programs.tolist():
-        _, _, _, _, _, BP, HP, _, _ = launch.layers[n]
+    for n, chunk, b, tile, *_ in planned.programs.tolist():
+        _, _, _, _, _, BP, HP, _, _ = planned.layers[n]
         assert chunk < seen[n].shape[2]
         seen[n][b : b + BP // HP, tile * HP : (tile + 1) * HP, chunk] += 1
     assert all((count == 1).all() for count in seen)
@@ -427,13 +426,13 @@ def test_channel_programs_cover_all(
     """Every channel block and chunk of every sample of every pair once; partial sums apart, and each added once."""
     batch, sources, targets, pairs = PLANS[case]
     shapes = signature(batch, sources, targets, dtype, precision, pairs)
-    launch = plan.channel_launch(shapes, adjoint, products)
-    blocks = [-(-sources[m][0] // launch.block) for m, _ in shapes.pairs]
-    chunks = [-(-targets[n][0] // launch.layers[n][4]) if products else 1 for _, n in shapes.pairs]
+    planned = plan.channel_launch(shapes, adjoint, products)
+    blocks = [-(-sources[m][0] // planned.block) for m, _ in shapes.pairs]
+    chunks = [-(-targets[n][0] // planned.layers[n][4]) if products else 1 for _, n in shapes.pairs]
     sizes = [sources[m][0] * (targets[n][0] + 1) for m, n in shapes.pairs]  # of g_r and g_bias
     seen = [torch.zeros(blocks[p], chunks[p], batch, dtype=torch.int32) for p in range(len(shapes.pairs))]
     partial: dict[tuple[int, int], int] = {}  # (pair, first sample) -> offset
-    for n, p, block, chunk, start, end, offset, _ in launch.programs.tolist():
+    for n, p, block, chunk, start, end, offset, _ in planned.programs.tolist():
         assert n == shapes.pairs[p][1]
         assert 0 <= start < end <= batch
         assert block < blocks[p]
@@ -445,11 +444,11 @@ def test_channel_programs_cover_all(
             assert not products or (start, end) == (0, batch)  # the only program of its block, or nothing but sums
     assert all((count == 1).all() for count in seen)
 
-    written = torch.zeros(launch.workspace, dtype=torch.int32)
+    written = torch.zeros(planned.workspace, dtype=torch.int32)
     for (p, _), offset in partial.items():
         written[offset : offset + sizes[p]] += 1
-    added = torch.zeros(launch.workspace, dtype=torch.int32)
-    for p, start, r_size, size, offset, splits, *_ in launch.reduction.tolist():
+    added = torch.zeros(planned.workspace, dtype=torch.int32)
+    for p, start, r_size, size, offset, splits, *_ in planned.reduction.tolist():
         m, n = shapes.pairs[p]
         assert (r_size, size) == (sources[m][0] * targets[n][0], sizes[p])
         assert {offset + i * size for i in range(splits)} == {o for (q, _), o in partial.items() if q == p}
@@ -470,13 +469,13 @@ def test_plans_split_samples() -> None:
 @pytest.mark.parametrize(
     ("is_cuda", "dtype", "precision", "elements", "expected"),
     [
-        (True, torch.bfloat16, "highest", 1, triton_impl),
-        (True, torch.float32, "high", 1, triton_impl),
-        (True, torch.float32, "highest", 1, torch_impl),
-        (True, torch.float64, "high", 1, torch_impl),
-        (True, torch.bfloat16, "highest", 0, torch_impl),
-        (False, torch.bfloat16, "high", 1, torch_impl),
-        (False, torch.float32, "high", 1, torch_impl),
+        (True, torch.bfloat16, "highest", 1, triton_launch),
+        (True, torch.float32, "high", 1, triton_launch),
+        (True, torch.float32, "highest", 1, aten),
+        (True, torch.float64, "high", 1, aten),
+        (True, torch.bfloat16, "highest", 0, aten),
+        (False, torch.bfloat16, "high", 1, aten),
+        (False, torch.float32, "high", 1, aten),
     ],
 )
 def test_dispatch(is_cuda: bool, dtype: torch.dtype, precision: str, elements: int, expected: Any) -> None:
@@ -490,7 +489,7 @@ def test_dispatch(is_cuda: bool, dtype: torch.dtype, precision: str, elements: i
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "implementation", lambda feature: triton_impl)
+    monkeypatch.setattr(ops, "implementation", lambda feature: triton_launch)
 
 
 def test_opcheck(registered: None) -> None:
