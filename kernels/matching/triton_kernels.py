@@ -154,7 +154,7 @@ def _scale(a, C_s, at, s, s_ok, LAYER: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _position_program(
-    T, u_T, out, sources, weights, u_weights, biases, u_biases, cotangents, pairs, c_out, b0, ij0, batch,
+    T, u_T, out, sources, projections, u_projections, biases, u_biases, coefficients, pairs, c_out, b0, ij0, batch,
     LAYER: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
     LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -176,12 +176,12 @@ def _position_program(
         for i in range(FIRST, LAST):
             source = _source(sources, pairs, i, LAYOUT, ALIGN)
             r, bias, a = (
-                pick(weights, i, FIRST, LAST),
+                pick(projections, i, FIRST, LAST),
                 pick(biases, i, FIRST, LAST),
-                pick(cotangents, i, FIRST, LAST),
+                pick(coefficients, i, FIRST, LAST),
             )
             if ADJOINT:
-                u_r, u_bias = pick(u_weights, i, FIRST, LAST), pick(u_biases, i, FIRST, LAST)
+                u_r, u_bias = pick(u_projections, i, FIRST, LAST), pick(u_biases, i, FIRST, LAST)
             for s0 in range(0, source[1], BS):
                 s = s0 + tl.arange(0, BS)
                 s_ok = s < source[1]
@@ -216,7 +216,8 @@ def _position_program(
 
 @triton.jit(do_not_specialize=["batch"])  # a smaller last batch must not compile it anew
 def position_kernel(
-    targets, u_targets, outputs, sources, weights, u_weights, biases, u_biases, cotangents, programs, pairs, batch,
+    targets, u_targets, outputs, sources, projections, u_projections, biases, u_biases, coefficients,
+    programs, pairs, batch,
     LAYERS: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
     LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -226,15 +227,16 @@ def position_kernel(
     for n in tl.static_range(len(LAYERS)):
         if layer == n:
             _position_program(
-                targets[n], u_targets[n], outputs[n], sources, weights, u_weights, biases, u_biases, cotangents, pairs,
-                chunk * LAYERS[n][4], b0, tile * LAYERS[n][6], batch,
+                targets[n], u_targets[n], outputs[n], sources, projections, u_projections, biases, u_biases,
+                coefficients, pairs, chunk * LAYERS[n][4], b0, tile * LAYERS[n][6], batch,
                 tl.constexpr(LAYERS[n]), BS, STEP, ADJOINT, PRECISION, LAYOUT, ALIGN, DTYPE,
             )  # fmt: skip
 
 
 @triton.jit
 def _channel_program(
-    T, u_T, sources, weights, u_weights, biases, u_biases, cotangents, sums, r_outputs, bias_outputs, workspace, pairs,
+    T, u_T, sources, projections, u_projections, biases, u_biases, coefficients, sums, r_outputs, bias_outputs,
+    workspace, pairs,
     i, s0, c_out, b_start, b_end, offset,
     LAYER: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, ADJOINT: tl.constexpr, PRODUCTS: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
@@ -257,7 +259,7 @@ def _channel_program(
     X: tl.constexpr = T.dtype.element_ty
     source = _source(sources, pairs, i, LAYOUT, ALIGN)
     C_s = source[1]
-    r, a = pick(weights, i, FIRST, LAST), pick(cotangents, i, FIRST, LAST)
+    r, a = pick(projections, i, FIRST, LAST), pick(coefficients, i, FIRST, LAST)
     s = s0 + tl.arange(0, BS)
     s_ok = s < C_s
     bias = _load_channels(pick(biases, i, FIRST, LAST), s, s_ok, DTYPE)
@@ -265,7 +267,7 @@ def _channel_program(
     bias_sum = tl.zeros((BS,), DTYPE)
     sample_sum = tl.zeros((NB, BS), DTYPE)
     if ADJOINT:
-        u_r = pick(u_weights, i, FIRST, LAST)
+        u_r = pick(u_projections, i, FIRST, LAST)
         u_bias = _load_channels(pick(u_biases, i, FIRST, LAST), s, s_ok, DTYPE)
     if RESIDENT:
         r_tile = _load_projection(r, s, s_ok, 0, C, CHUNK, X)  # [BS, CHUNK]
@@ -331,8 +333,8 @@ def _channel_program(
 
 @triton.jit
 def channel_kernel(
-    targets, u_targets, sources, weights, u_weights, biases, u_biases, cotangents, sums, r_outputs, bias_outputs,
-    workspace, programs, pairs,
+    targets, u_targets, sources, projections, u_projections, biases, u_biases, coefficients, sums,
+    r_outputs, bias_outputs, workspace, programs, pairs,
     LAYERS: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, ADJOINT: tl.constexpr, PRODUCTS: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -344,7 +346,7 @@ def channel_kernel(
         if LAYERS[n][7] < LAYERS[n][8]:  # noqa: SIM102 (known at compile time, the other is not)
             if layer == n:
                 _channel_program(
-                    targets[n], u_targets[n], sources, weights, u_weights, biases, u_biases, cotangents, sums,
+                    targets[n], u_targets[n], sources, projections, u_projections, biases, u_biases, coefficients, sums,
                     r_outputs, bias_outputs, workspace, pairs,
                     i, block * BS, chunk * LAYERS[n][4], b_start, b_end, offset,
                     tl.constexpr(LAYERS[n]), BS, STEP, ADJOINT, PRODUCTS, SUMS, PRECISION, LAYOUT, ALIGN, DTYPE,

@@ -29,9 +29,9 @@ class _Primal:
     order: list[int]  # of the pairs
     targets: tuple[Tensor, ...]
     sources: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
+    projections: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
-    cotangents: tuple[Tensor, ...]
+    coefficients: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class _Direction:
     """The cotangents (u_T, u_r, u_bias) of an adjoint, likewise."""
 
     targets: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
+    projections: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
 
 
 def _primal(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
 ) -> _Primal:
-    order = sorted(range(len(weights)), key=lambda p: target_of[p])
+    order = sorted(range(len(projections)), key=lambda p: target_of[p])
     targets, sources = tuple(map(_dense, targets)), tuple(map(_dense, sources))
     T = targets[0]
     signature = Signature(
@@ -65,18 +65,18 @@ def _primal(
         T.device,
         *launch.device_properties(T.device),
     )
-    parameters = (_contiguous(tensors, order) for tensors in (weights, biases, cotangents))
+    parameters = (_contiguous(tensors, order) for tensors in (projections, biases, coefficients))
     return _Primal(signature, order, targets, sources, *parameters)
 
 
 def _direction(
-    primal: _Primal, u_targets: Sequence[Tensor], u_weights: Sequence[Tensor], u_biases: Sequence[Tensor]
+    primal: _Primal, u_targets: Sequence[Tensor], u_projections: Sequence[Tensor], u_biases: Sequence[Tensor]
 ) -> _Direction:
     u_T = (
         u.contiguous(memory_format=torch.channels_last if T.channels_last else torch.contiguous_format)
         for u, T in zip(u_targets, primal.signature.targets, strict=True)
     )
-    return _Direction(tuple(u_T), _contiguous(u_weights, primal.order), _contiguous(u_biases, primal.order))
+    return _Direction(tuple(u_T), _contiguous(u_projections, primal.order), _contiguous(u_biases, primal.order))
 
 
 def _sum_pairs(primal: _Primal, u: _Direction | None, outputs: Sequence[Tensor]) -> None:
@@ -105,7 +105,7 @@ def _sum_positions(
     workspace = primal.targets[0].new_empty(max(planned.workspace, 1), dtype=accumulator(primal.signature.dtype))
     outputs = {
         # What is not asked for is not written either: any pointer will do.
-        name: tuple(tensors[p] for p in primal.order) if tensors else primal.weights[:1]
+        name: tuple(tensors[p] for p in primal.order) if tensors else primal.projections[:1]
         for name, tensors in (("sums", sums), ("r_outputs", r_products), ("bias_outputs", bias_sums))
     }
     flags = {"PRODUCTS": bool(r_products), "SUMS": bool(sums)}
@@ -118,16 +118,16 @@ def _sum_positions(
 
 def _arguments(primal: _Primal, u: _Direction | None, planned: Launch) -> dict[str, Any]:
     """What position and channel kernels share."""
-    d = u or _Direction(primal.targets, primal.weights[:1], primal.biases[:1])  # without u never read
+    d = u or _Direction(primal.targets, primal.projections[:1], primal.biases[:1])  # without u never read
     return {
         "targets": primal.targets,
         "u_targets": d.targets,
         "sources": primal.sources,
-        "weights": primal.weights,
-        "u_weights": d.weights,
+        "projections": primal.projections,
+        "u_projections": d.projections,
         "biases": primal.biases,
         "u_biases": d.biases,
-        "cotangents": primal.cotangents,
+        "coefficients": primal.coefficients,
         "programs": planned.programs,
         "pairs": planned.pairs,
         "LAYERS": tuple(map(tuple, planned.layers)),
@@ -171,32 +171,32 @@ def _precision(dtype: torch.dtype) -> str:
 def matching_distances(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
 ) -> list[Tensor]:
     """E; see `matching.ops.matching_distances`. One launch."""
-    E = [w.new_empty(targets[0].shape[0], w.shape[0]) for w in weights]
+    E = [r.new_empty(targets[0].shape[0], r.shape[0]) for r in projections]
     a = biases  # stands in: E does not depend on a
-    _sum_positions(_primal(targets, sources, weights, biases, a, source_of, target_of), None, E)
+    _sum_positions(_primal(targets, sources, projections, biases, a, source_of, target_of), None, E)
     return E
 
 
 def matching_gradient(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
     distances: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(E, g_T, g_r, g_bias); see `matching.ops.matching_gradient`. Three launches."""
-    primal = _primal(targets, sources, weights, biases, cotangents, source_of, target_of)
-    E = _like(cotangents) if distances else []
-    g_T, g_r, g_bias = [torch.empty_like(T) for T in targets], _like(weights), _like(biases)
+    primal = _primal(targets, sources, projections, biases, coefficients, source_of, target_of)
+    E = _like(coefficients) if distances else []
+    g_T, g_r, g_bias = [torch.empty_like(T) for T in targets], _like(projections), _like(biases)
     _sum_pairs(primal, None, g_T)
     _sum_positions(primal, None, E, g_r, g_bias)
     return E, g_T, g_r, g_bias
@@ -205,24 +205,24 @@ def matching_gradient(
 def matching_adjoint(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     u_targets: Sequence[Tensor],
-    u_weights: Sequence[Tensor],
+    u_projections: Sequence[Tensor],
     u_biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
     primal: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(v_T, v_r, v_bias, v_a); see `matching.ops.matching_adjoint`. Three launches, or one for v_a alone."""
-    point = _primal(targets, sources, weights, biases, cotangents, source_of, target_of)
-    u = _direction(point, u_targets, u_weights, u_biases)
-    v_a = _like(cotangents)
+    point = _primal(targets, sources, projections, biases, coefficients, source_of, target_of)
+    u = _direction(point, u_targets, u_projections, u_biases)
+    v_a = _like(coefficients)
     if not primal:
         _sum_positions(point, u, v_a)
         return [], [], [], v_a
-    v_T, v_r, v_bias = [torch.empty_like(T) for T in targets], _like(weights), _like(biases)
+    v_T, v_r, v_bias = [torch.empty_like(T) for T in targets], _like(projections), _like(biases)
     _sum_pairs(point, u, v_T)
     _sum_positions(point, u, v_a, v_r, v_bias)
     return v_T, v_r, v_bias, v_a

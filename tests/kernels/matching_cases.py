@@ -20,7 +20,7 @@ CASES: dict[str, tuple[list[Shape], list[Shape], list[tuple[int, int]]]] = {
 def random_inputs(
     sources: Sequence[Shape], targets: Sequence[Shape], pairs: Sequence[tuple[int, int]], batch: int = 3, seed: int = 0
 ) -> tuple:
-    """(targets, sources, weights, biases, a, source_of, target_of), float64."""
+    """(targets, sources, projections, biases, a, source_of, target_of), float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:

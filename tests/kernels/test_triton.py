@@ -103,9 +103,11 @@ def check(inputs: list, u: list) -> tuple[Tensor, ...]:
     """Gradient and adjoint are ATen's, in the promised strides; returns them."""
     ours = gradient_and_adjoint(triton_launch, inputs, u)
     assert_same(ours, in_float64(inputs, u))
-    targets, _, weights, biases, a, *_ = inputs
+    targets, _, projections, biases, a, *_ = inputs
     g_T = [torch.empty_like(t) for t in targets]
-    others = [[torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs] for xs in (a, weights, biases)]
+    others = [
+        [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs] for xs in (a, projections, biases)
+    ]
     E, g_r, g_bias = others
     promised = flat((E, g_T, g_r, g_bias, g_T, g_r, g_bias, E))
     assert [x.stride() for x in ours] == [x.stride() for x in promised]
@@ -182,11 +184,11 @@ def test_layouts_of_the_direction(targets: str, layout: str) -> None:
 
 
 def test_parameters_need_not_be_contiguous() -> None:
-    (T, S, weights, biases, a, *of), (u_T, u_r, u_bias) = problem(MANY)
-    weights, u_r = ([x.transpose(0, 1).contiguous().transpose(0, 1) for x in xs] for xs in (weights, u_r))
+    (T, S, projections, biases, a, *of), (u_T, u_r, u_bias) = problem(MANY)
+    projections, u_r = ([x.transpose(0, 1).contiguous().transpose(0, 1) for x in xs] for xs in (projections, u_r))
     biases, u_bias = ([x[:1].expand_as(x) for x in xs] for xs in (biases, u_bias))
     a = [x.T.contiguous().T for x in a]
-    check([T, S, weights, biases, a, *of], [u_T, u_r, u_bias])
+    check([T, S, projections, biases, a, *of], [u_T, u_r, u_bias])
 
 
 def test_small_blocks(small_blocks: None, launches: list[str]) -> None:
@@ -507,7 +509,7 @@ def test_opcheck(registered: None) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="float64 goes to ATen on a GPU")
 def test_gradcheck_and_gradgradcheck(registered: None) -> None:
-    targets, sources, weights, biases, a, *of = random_inputs([(2, 2, 2)], [(2, 3, 2)], [(0, 0)], batch=2)
+    targets, sources, projections, biases, a, *of = random_inputs([(2, 2, 2)], [(2, 3, 2)], [(0, 0)], batch=2)
 
     def distances(T: Tensor, r: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return tuple(ops.matching_distances([T], sources, [r], [bias], *of))
@@ -516,7 +518,7 @@ def test_gradcheck_and_gradgradcheck(registered: None) -> None:
         return flat(ops.matching_gradient([T], sources, [r], [bias], [a], *of, True))
 
     fast = {"fast_mode": True, "check_undefined_grad": False}
-    primal = [x.requires_grad_() for x in flat((targets, weights, biases))]
+    primal = [x.requires_grad_() for x in flat((targets, projections, biases))]
     assert torch.autograd.gradcheck(distances, primal, **fast)
     assert torch.autograd.gradcheck(gradient, (*primal, a[0].requires_grad_()), **fast)
     assert torch.autograd.gradgradcheck(distances, primal, **fast)
