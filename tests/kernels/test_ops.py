@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2t_fast.kernels.matching import ops
-from tests.kernels.matching_cases import CASES, flat, random_inputs
+from tests.kernels.shared import CASES, flat, random_inputs
 
 pytestmark = pytest.mark.core
 
