@@ -133,7 +133,7 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
     r = [empty(sources[m][0], targets[n][0], 1, 1) for m, n in pairs]
     bias = [empty(sources[m][0]) for m, _ in pairs]
     a = [empty(batch, sources[m][0], dtype=torch.float32) for m, _ in pairs]
-    of = [m for m, _ in pairs], [n for _, n in pairs]
+    indices = [m for m, _ in pairs], [n for _, n in pairs]
     launched: dict[str, Kernel] = {}
 
     def record(
@@ -157,11 +157,11 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
         mock.patch.object(launch, "launch", record),
         mock.patch.object(launch, "device_properties", return_value=(arch, 132)),
     ):
-        triton_launch.matching_distances(T, S, r, bias, *of)
-        triton_launch.matching_gradient(T, S, r, bias, a, *of, True)
-        triton_launch.matching_gradient(T, S, r, bias, a, *of, False)
-        triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, True)
-        triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, False)
+        triton_launch.matching_distances(T, S, r, bias, *indices)
+        triton_launch.matching_gradient(T, S, r, bias, a, *indices, True)
+        triton_launch.matching_gradient(T, S, r, bias, a, *indices, False)
+        triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, True)
+        triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, False)
         channel = empty(T[0].shape[1], dtype=torch.float32)
         batch_norm_triton.adjoint(T[0], channel, channel, T[0], T[0], *[channel] * 5, True)
         theta = [empty(64, 64, 3, 3, dtype=torch.float32)] * 8

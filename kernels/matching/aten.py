@@ -1,4 +1,4 @@
-"""The two operators in ATen: the CPU path, and the oracle of every other implementation.
+"""The matching operators in ATen: the CPU path, and the oracle of every other implementation.
 
 Formulas (design notes: CONTRIBUTING.md). Per pair p = (m, n), with T = T^n [B, C_t, H, W], S = R(S^m) [B, C_s, H, W]:
 

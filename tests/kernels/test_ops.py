@@ -53,9 +53,9 @@ def assert_close(ours, theirs) -> None:
 
 
 def test_distances(case: tuple) -> None:
-    targets, sources, projections, biases, _, *of = case
-    ours = torch.ops.l2t.matching_distances(targets, sources, projections, biases, *of)
-    assert_close(ours, plain_distances(targets, sources, projections, biases, *of))
+    targets, sources, projections, biases, _, *indices = case
+    ours = torch.ops.l2t.matching_distances(targets, sources, projections, biases, *indices)
+    assert_close(ours, plain_distances(targets, sources, projections, biases, *indices))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -85,26 +85,26 @@ def test_adjoint(case: tuple) -> None:
 
 def test_first_step_needs_only_v_a(case: tuple) -> None:
     """With constant features and projections the adjoint gives v_a alone, the same one."""
-    targets, sources, projections, biases, a, *of = case
-    full = flat(ops.matching_gradient(targets, sources, projections, biases, a, *of, False))
+    targets, sources, projections, biases, a, *indices = case
+    full = flat(ops.matching_gradient(targets, sources, projections, biases, a, *indices, False))
     u = [torch.randn_like(x) for x in full]
     theirs = torch.autograd.grad(full, a, u)
     constants = [[t.detach() for t in tensors] for tensors in (targets, sources, projections, biases)]
-    ours = torch.autograd.grad(flat(ops.matching_gradient(*constants, a, *of, False)), a, u)
+    ours = torch.autograd.grad(flat(ops.matching_gradient(*constants, a, *indices, False)), a, u)
     assert_close(ours, theirs)
 
 
 def test_gradcheck_and_gradgradcheck(case: tuple) -> None:
-    targets, sources, projections, biases, a, *of = case
+    targets, sources, projections, biases, a, *indices = case
     split = (len(targets), len(projections), len(biases))
 
     def distances(*x: Tensor) -> tuple[Tensor, ...]:
         T, r, bias = _split(x, split)
-        return tuple(ops.matching_distances(T, sources, r, bias, *of))
+        return tuple(ops.matching_distances(T, sources, r, bias, *indices))
 
     def gradient(*x: Tensor) -> tuple[Tensor, ...]:
         T, r, bias, a_ = _split(x, (*split, len(a)))
-        return flat(ops.matching_gradient(T, sources, r, bias, a_, *of, True))
+        return flat(ops.matching_gradient(T, sources, r, bias, a_, *indices, True))
 
     primal = (*targets, *projections, *biases)
     assert torch.autograd.gradcheck(distances, primal)
@@ -119,13 +119,13 @@ def _split(x: tuple[Tensor, ...], lengths: tuple[int, ...]) -> list[list[Tensor]
 
 def test_opcheck(case: tuple) -> None:
     """Schema, fake kernel, autograd registration and AOT dispatch."""
-    targets, sources, projections, biases, _, *of = case
-    torch.library.opcheck(ops.matching_distances, (targets, sources, projections, biases, *of))
+    targets, sources, projections, biases, _, *indices = case
+    torch.library.opcheck(ops.matching_distances, (targets, sources, projections, biases, *indices))
     torch.library.opcheck(ops.matching_gradient, (*case, True))
     u = [[torch.randn_like(t) for t in tensors] for tensors in (targets, projections, biases)]
     for primal in (True, False):
         arguments = torch.utils._pytree.tree_map_only(Tensor, torch.Tensor.detach, (*case[:5], *u))
-        torch.library.opcheck(ops.matching_adjoint, (*arguments, *of, primal))
+        torch.library.opcheck(ops.matching_adjoint, (*arguments, *indices, primal))
 
 
 def test_third_order_is_refused(case: tuple) -> None:

@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from l2t_fast.kernels import launch
 from l2t_fast.kernels.matching import aten, ops, plan, triton_launch
 from l2t_fast.kernels.matching.blocks import CONFIGS
-from tests.kernels.shared import CASES, flat, random_inputs
+from tests.kernels.shared import CASES, MANY, SHAPES, flat, random_inputs
 
 pytestmark = pytest.mark.core
 
@@ -28,25 +28,6 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 EXACT = torch.float64 if INTERPRETED else torch.float32  # on a GPU float64 goes to ATen
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}[EXACT]  # of the largest element
 
-# Several sources x several targets, in no order, one pair twice, one target layer unpaired.
-MANY = (
-    [(3, 2, 2), (5, 8, 8), (2, 4, 4)],
-    [(4, 4, 4), (3, 2, 2), (2, 1, 1), (6, 3, 5)],
-    [(1, 2), (0, 3), (2, 0), (1, 0), (2, 2), (0, 0), (1, 0), (2, 3)],
-)
-SHAPES = {
-    **CASES,
-    "many pairs": MANY,
-    "two source networks": ([(3, 4, 4), (5, 2, 2)] * 2, [(4, 4, 4), (6, 2, 2)], [(0, 0), (1, 1), (2, 0), (3, 1)]),
-    "3 channels, up by 2": ([(17, 7, 7)], [(3, 14, 14)], [(0, 0)]),
-    "17 channels, down by 2": ([(3, 14, 14)], [(17, 7, 7)], [(0, 0)]),
-    "64 channels, up by 7/3": ([(64, 3, 3)], [(64, 7, 7)], [(0, 0)]),
-    "65 channels, down by 7/3": ([(17, 7, 7)], [(65, 3, 3)], [(0, 0)]),
-    "65 channels, up by 2": ([(65, 1, 1)], [(65, 2, 2)], [(0, 0)]),
-    "1 x 1, down by 4": ([(17, 4, 4)], [(64, 1, 1)], [(0, 0)]),
-    "one side the same": ([(3, 4, 8), (2, 8, 4)], [(3, 4, 4)], [(0, 0), (1, 0)]),
-    "up by 4 and down by 2": ([(3, 2, 8)], [(3, 8, 4)], [(0, 0)]),
-}
 # The same numbers in other strides.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": Tensor.contiguous,
@@ -182,11 +163,11 @@ def test_layouts_of_the_direction(targets: str, layout: str) -> None:
 
 
 def test_parameters_need_not_be_contiguous() -> None:
-    (T, S, projections, biases, a, *of), (u_T, u_r, u_bias) = problem(MANY)
+    (T, S, projections, biases, a, *indices), (u_T, u_r, u_bias) = problem(MANY)
     projections, u_r = ([x.transpose(0, 1).contiguous().transpose(0, 1) for x in xs] for xs in (projections, u_r))
     biases, u_bias = ([x[:1].expand_as(x) for x in xs] for xs in (biases, u_bias))
     a = [x.T.contiguous().T for x in a]
-    check([T, S, projections, biases, a, *of], [u_T, u_r, u_bias])
+    check([T, S, projections, biases, a, *indices], [u_T, u_r, u_bias])
 
 
 def test_small_blocks(small_blocks: None, launches: list[str]) -> None:
@@ -397,13 +378,13 @@ def test_opcheck(registered: None) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="float64 goes to ATen on a GPU")
 def test_gradcheck_and_gradgradcheck(registered: None) -> None:
-    targets, sources, projections, biases, a, *of = random_inputs([(2, 2, 2)], [(2, 3, 2)], [(0, 0)], batch=2)
+    targets, sources, projections, biases, a, *indices = random_inputs([(2, 2, 2)], [(2, 3, 2)], [(0, 0)], batch=2)
 
     def distances(T: Tensor, r: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return tuple(ops.matching_distances([T], sources, [r], [bias], *of))
+        return tuple(ops.matching_distances([T], sources, [r], [bias], *indices))
 
     def gradient(T: Tensor, r: Tensor, bias: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-        return flat(ops.matching_gradient([T], sources, [r], [bias], [a], *of, True))
+        return flat(ops.matching_gradient([T], sources, [r], [bias], [a], *indices, True))
 
     fast = {"fast_mode": True, "check_undefined_grad": False}
     primal = [x.requires_grad_() for x in flat((targets, projections, biases))]
