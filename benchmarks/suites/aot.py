@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, for every architecture with pinned blocks; needs no GPU.
 
-    python -m benchmarks.suites.aot            the shapes of design.md's two cases; minutes
+    python -m benchmarks.suites.aot            the shapes of the cases cifar and imagenet; minutes
     python -m benchmarks.suites.aot --quick    one small case with every kind of layer; what CI runs
 
 prints a row a kernel and keeps it in `benchmarks/results/aot.jsonl` (`--output`): registers, spills and shared memory
@@ -11,6 +11,7 @@ for bf16 and tf32 (wgmma on Hopper), and read what is contiguous in channels 16 
 
 import argparse
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from l2t_fast.kernels import launch as launching
-from l2t_fast.kernels.layers import batch_norm_triton as triton_norm
-from l2t_fast.kernels.matching import triton_launch as triton_impl
-from l2t_fast.kernels.sgd import step as sgd
-from l2t_fast.kernels.sgd import triton_kernels as triton_sgd
+from l2t_fast.kernels import launch
+from l2t_fast.kernels.layers import batch_norm_triton
+from l2t_fast.kernels.matching import triton_launch
+from l2t_fast.kernels.sgd import triton_kernels as sgd
+from l2t_fast.kernels.sgd.rule import SGD
 
 RESULTS = Path(__file__).parents[1] / "results" / "aot.jsonl"
 
@@ -45,7 +47,7 @@ ARCHITECTURES = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
 }
 ASIDE = 32  # bytes that the assembler may put aside for more threads at a time, while it has registers left
-ARITHMETIC = {"bf16": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "ieee": (torch.float32, "ieee")}
+ARITHMETIC = {"bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 RESNET = [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
 # batch, sources (C, H, W), targets (C, H, W); all pairs
@@ -106,9 +108,20 @@ class Kernel:
     options: dict[str, Any]
 
 
+@contextlib.contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Chooses their arithmetic, as a user does, and puts back what was there."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
     """All kernels that the operators launch, each once."""
-    dtype, precision = ARITHMETIC[arithmetic]
+    dtype = ARITHMETIC[arithmetic]
     batch, sources, targets = CASES[case]
     pairs = list(itertools.product(range(len(sources)), range(len(targets))))
 
@@ -120,16 +133,16 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
     r = [empty(sources[m][0], targets[n][0], 1, 1) for m, n in pairs]
     bias = [empty(sources[m][0]) for m, _ in pairs]
     a = [empty(batch, sources[m][0], dtype=torch.float32) for m, _ in pairs]
-    of = [m for m, _ in pairs], [n for _, n in pairs]
+    indices = [m for m, _ in pairs], [n for _, n in pairs]
     launched: dict[str, Kernel] = {}
 
     def record(
         function: Any, grid: tuple[int, ...], arguments: dict[str, Any], place: Tensor, warps: int, stages: int = 3
     ) -> None:
         part = function.__name__.removesuffix("_kernel")
-        if function.fn.__module__ == triton_sgd.__name__:
+        if function.fn.__module__ == sgd.__name__:
             name = f"sgd {part}"
-        elif function.fn.__module__ == triton_norm.__name__:
+        elif function.fn.__module__ == batch_norm_triton.__name__:
             name = f"norm {part}"
         elif part == "reduction":
             name = part
@@ -140,22 +153,21 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
         launched[name] = Kernel(name, function, arguments, options)
 
     with (
-        mock.patch.object(launching, "launch", record),
-        mock.patch.object(triton_impl, "device_properties", return_value=(arch, 132)),
-        mock.patch.object(triton_impl, "_precision", return_value=precision),
-        mock.patch.object(triton_norm, "_processors", return_value=132),
+        float32_products(tf32=arithmetic == "tf32"),
+        mock.patch.object(launch, "launch", record),
+        mock.patch.object(launch, "device_properties", return_value=(arch, 132)),
     ):
-        triton_impl.matching_distances(T, S, r, bias, *of)
-        triton_impl.matching_gradient(T, S, r, bias, a, *of, True)
-        triton_impl.matching_gradient(T, S, r, bias, a, *of, False)
-        triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, True)
-        triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, False)
+        triton_launch.matching_distances(T, S, r, bias, *indices)
+        triton_launch.matching_gradient(T, S, r, bias, a, *indices, True)
+        triton_launch.matching_gradient(T, S, r, bias, a, *indices, False)
+        triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, True)
+        triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, False)
         channel = empty(T[0].shape[1], dtype=torch.float32)
-        triton_norm.adjoint(T[0], channel, channel, T[0], T[0], *[channel] * 5, True)
+        batch_norm_triton.adjoint(T[0], channel, channel, T[0], T[0], *[channel] * 5, True)
         theta = [empty(64, 64, 3, 3, dtype=torch.float32)] * 8
         lr = empty(dtype=torch.float64)
-        triton_sgd.step(theta, theta, [p.to(dtype) for p in theta], lr, sgd.SGD())
-        triton_sgd.adjoint(theta, theta, [dtype] * 8, lr, sgd.SGD())
+        sgd.step(theta, theta, [p.to(dtype) for p in theta], lr, SGD())
+        sgd.adjoint(theta, theta, [dtype] * 8, lr, SGD())
     return list(launched.values())
 
 
@@ -232,7 +244,7 @@ def rows(job: tuple[str, str, str, str]) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile all Triton kernels ahead of time and check them.")
-    parser.add_argument("--quick", action="store_true", help="one small case instead of design.md's two")
+    parser.add_argument("--quick", action="store_true", help="one small case instead of cifar and imagenet")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument(

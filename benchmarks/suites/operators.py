@@ -39,6 +39,7 @@ from benchmarks.measure import floors, timing
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, say, unavailable
 from benchmarks.suites import aot
+from l2t_fast.kernels import launch
 from l2t_fast.kernels.matching import aten as torch_impl
 from l2t_fast.kernels.matching import blocks as configs
 from l2t_fast.kernels.matching import plan
@@ -452,7 +453,7 @@ def compile_ahead(case: str, precision: str, operator: str, index: int, table: T
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     if table is not None:
-        install(triton_impl.device_properties(device)[0], table)
+        install(launch.device_properties(device)[0], table)
     floors.set_precision(precision)
     formulas(triton_impl, random_problem(case, precision, device), operator)
     torch.cuda.synchronize()
@@ -512,7 +513,7 @@ def trials(
     device: torch.device,
 ) -> list[Row]:
     """A row a candidate: the operator's time in each case with these blocks of one kernel, the others as in `table`."""
-    arch, operator, precision = triton_impl.device_properties(device)[0], operator_of(key), precision_of(key)
+    arch, operator, precision = launch.device_properties(device)[0], operator_of(key), precision_of(key)
     floors.set_precision(precision)
     rows: list[Row] = [{"kind": "tune", "key": key, "blocks": asdict(candidate), "ms": {}} for candidate in candidates]
     for row, candidate in zip(rows, candidates, strict=True):
@@ -550,7 +551,7 @@ def trials(
 def tune(arguments: argparse.Namespace, device: torch.device) -> None:
     """Moves each kernel's blocks to the fastest of their neighbours, until none is faster."""
     start = perf_counter()
-    arch, _ = triton_impl.device_properties(device)
+    arch, _ = launch.device_properties(device)
     table = dict(configs.table(arch))
     kernels: tuple[Kernel, ...] = ("position", "channel")
     tried: dict[Key, set[Config]] = {key: set() for key in table}

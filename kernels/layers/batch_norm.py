@@ -5,16 +5,15 @@ In the formulas u is the cotangent of a gradient g_•, v_• what its adjoint g
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from l2t_fast.kernels import launch
 from l2t_fast.kernels.layers.autograd import Last
 
 _aten = torch.ops.aten
-_TRITON = find_spec("triton") is not None  # it is for Linux
 
 # Dynamo, tracing a Function inside torch.func.vjp by itself, silently loses the second order; AOTAutograd does not.
 
@@ -64,10 +63,10 @@ class BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *u: Tensor) -> Any:
-        return *Last.apply(_batch_norm_adjoint, *u, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None, None
+        return *Last.apply(_adjoint, *u, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None, None
 
 
-def _batch_norm_adjoint(
+def adjoint(
     u: Tensor,
     u_gamma: Tensor,
     u_beta: Tensor,
@@ -80,17 +79,14 @@ def _batch_norm_adjoint(
     g_beta: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """With means over the N elements of a channel (ū, ḡ), m_u = mean(u x̂), m_g = mean(g x̂), s = γ/σ:
+    """(v_g, v_x, v_γ) of `BatchNormBackward` in the direction (u, u_γ, u_β), None where not needed; in ATen.
+
+    With means over the N elements of a channel (ū, ḡ), m_u = mean(u x̂), m_g = mean(g x̂), s = γ/σ:
 
     Q = Σ (u − ū − x̂ m_u) g,   q = u_γ − s m_u,   r = q g − s m_g u
     v_g = s (u − ū) + q x̂ + u_β,   v_γ = Q/σ,   v_x = (r − r̄ − x̂ mean(r x̂) − x̂ s Q/N)/σ
     """
     need_g, need_x, need_gamma = needs
-    if _fused(x):
-        from l2t_fast.kernels.layers import batch_norm_triton as triton_norm
-
-        primal = need_x or need_gamma
-        return triton_norm.adjoint(u, u_gamma, u_beta, g, x, gamma, mean, rstd, g_gamma, g_beta, primal)
     count = x.numel() // x.shape[1]
     _, sum_ux, sum_u = _normalize_backward(u, x, gamma, mean, rstd, [False, True, True])
     m_u, u_mean = sum_ux / count, sum_u / count
@@ -114,10 +110,19 @@ def _batch_norm_adjoint(
     return v_g, v_x, v_gamma
 
 
-def _fused(x: Tensor) -> bool:
+def fused(x: Tensor) -> bool:
     """Whether Triton computes: on CUDA, but not where a compiler traces, which fuses the formulas by itself."""
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return _TRITON and x.is_cuda and type(x) is Tensor and dense and x.numel() < 2**31
+    return launch.TRITON and x.is_cuda and type(x) is Tensor and launch.is_dense(x) and x.numel() < 2**31
+
+
+def _adjoint(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """`adjoint`, by Triton where it computes."""
+    if not fused(arguments[4]):
+        return adjoint(*arguments)
+    from l2t_fast.kernels.layers import batch_norm_triton
+
+    *tensors, (_, need_x, need_gamma) = arguments
+    return batch_norm_triton.adjoint(*(*tensors, need_x or need_gamma))
 
 
 def _normalize_backward(

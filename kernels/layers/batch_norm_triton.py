@@ -1,4 +1,4 @@
-"""BatchNorm's second order (`batch_norm._batch_norm_adjoint`) in Triton: three launches, each feature read twice.
+"""BatchNorm's second order (`batch_norm.adjoint`) in Triton: three launches, each feature read twice.
 
 1. `sums_kernel`: a program owns a block of channels and a part of the positions, and leaves partial sums;
 2. `coefficients_kernel`: adds them up in order (no atomics: the same bits again) and makes of them, channel by channel,
@@ -10,14 +10,12 @@ Positions are the N = B·H·W of a channel; x is [N, C] in memory where it is ch
 
 # mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from l2t_fast.kernels import launch as launching
+from l2t_fast.kernels import launch
 
 ELEMENTS = 4096  # of a tile
 WARPS = 8
@@ -109,7 +107,7 @@ def coefficients_kernel(
 ):
     """Of each channel, [7, C]: v_g = k₀ x + k₁ u + k₂ and v_x = k₃ x + k₄ u + k₅ g + k₆; and v_γ [C].
 
-    The formulas are those of `batch_norm._batch_norm_adjoint`.
+    The formulas are those of `batch_norm.adjoint`.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     ok = c < C
@@ -201,7 +199,7 @@ def adjoint(
     BC = min(64 if channels_last else 4, triton.next_power_of_2(C))
     BN = ELEMENTS // BC
     blocks = triton.cdiv(C, BC)
-    shares = max(1, min(triton.cdiv(N, BN), PROGRAMS * _processors(x.device) // blocks))
+    shares = max(1, min(triton.cdiv(N, BN), PROGRAMS * launch.device_properties(x.device)[1] // blocks))
     share = triton.cdiv(triton.cdiv(N, shares), BN) * BN
     shares = triton.cdiv(N, share)
     partial = torch.empty(shares, 3, C, dtype=dtype, device=x.device)
@@ -222,7 +220,7 @@ def adjoint(
         "x": x,
     }
     sums = {**tiled, "mean": mean, "rstd": rstd, "partial": partial, "SHARE": share}
-    launching.launch(sums_kernel, (blocks, shares), sums, x, WARPS)
+    launch.launch(sums_kernel, (blocks, shares), sums, x, WARPS)
     vectors = {
         "u_gamma": u_gamma,
         "u_beta": u_beta,
@@ -235,12 +233,7 @@ def adjoint(
     }
     chosen = {"partial": partial, "coefficients": coefficients, "SHARES": shares, "BS": SUMMED[0], "BC": SUMMED[1]}
     grid = (triton.cdiv(C, SUMMED[1]),)
-    launching.launch(coefficients_kernel, grid, {**shape, **options, **vectors, **chosen}, x, WARPS)
+    launch.launch(coefficients_kernel, grid, {**shape, **options, **vectors, **chosen}, x, WARPS)
     outputs = {"coefficients": coefficients, "v_g": v_g, "v_x": v_g if v_x is None else v_x}
-    launching.launch(combine_kernel, (triton.cdiv(N, BN), blocks), {**tiled, **outputs}, x, WARPS)
+    launch.launch(combine_kernel, (triton.cdiv(N, BN), blocks), {**tiled, **outputs}, x, WARPS)
     return v_g, v_x, v_gamma
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

@@ -1,4 +1,4 @@
-"""The two operators in ATen: the CPU path, and the oracle of every other implementation.
+"""The matching operators in ATen: the CPU path, and the oracle of every other implementation.
 
 Formulas (design notes: CONTRIBUTING.md). Per pair p = (m, n), with T = T^n [B, C_t, H, W], S = R(S^m) [B, C_s, H, W]:
 
@@ -25,36 +25,36 @@ def resize(source: Tensor, size: Sequence[int]) -> Tensor:
 def matching_distances(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
 ) -> list[Tensor]:
     """E; see `matching.ops.matching_distances`."""
-    E: list[Tensor] = [w.new_empty(0) for w in weights]
+    E: list[Tensor] = [r.new_empty(0) for r in projections]
     for n, feature in enumerate(targets):
         group = [p for p, t in enumerate(target_of) if t == n]
         if group:
-            d = _difference(feature, weights, sources, biases, source_of, group)
-            _scatter(E, group, d.square().mean(2).split([weights[p].shape[0] for p in group], 1), weights)
+            d = _difference(feature, projections, sources, biases, source_of, group)
+            _scatter(E, group, d.square().mean(2).split([projections[p].shape[0] for p in group], 1), projections)
     return E
 
 
 def matching_gradient(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
     distances: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(E, g_T, g_r, g_bias); see `matching.ops.matching_gradient`."""
-    channels = [w.shape[0] for w in weights]
-    E: list[Tensor] = [w.new_empty(0) for w in weights] if distances else []
-    g_r: list[Tensor] = [w.new_empty(0) for w in weights]
-    g_bias: list[Tensor] = [w.new_empty(0) for w in weights]
+    channels = [r.shape[0] for r in projections]
+    E: list[Tensor] = [r.new_empty(0) for r in projections] if distances else []
+    g_r: list[Tensor] = [r.new_empty(0) for r in projections]
+    g_bias: list[Tensor] = [r.new_empty(0) for r in projections]
     g_T: list[Tensor] = []
     for n, feature in enumerate(targets):
         group = [p for p, t in enumerate(target_of) if t == n]
@@ -63,12 +63,12 @@ def matching_gradient(
             continue
         split = [channels[p] for p in group]
         T = feature.flatten(2)  # [B, C_t, HW]
-        r = _stacked(weights, group, T)  # [B, ΣC_s, C_t]
-        d = _difference(feature, weights, sources, biases, source_of, group)  # [B, ΣC_s, HW]
+        r = _stacked(projections, group, T)  # [B, ΣC_s, C_t]
+        d = _difference(feature, projections, sources, biases, source_of, group)  # [B, ΣC_s, HW]
         if distances:
-            _scatter(E, group, d.square().mean(2).split(split, 1), cotangents)
-        G = d.mul_(_scaled(cotangents, group, T.shape[2]))
-        _scatter(g_r, group, torch.bmm(G, T.mT).sum(0)[:, :, None, None].split(split), weights)
+            _scatter(E, group, d.square().mean(2).split(split, 1), coefficients)
+        G = d.mul_(_scaled(coefficients, group, T.shape[2]))
+        _scatter(g_r, group, torch.bmm(G, T.mT).sum(0)[:, :, None, None].split(split), projections)
         _scatter(g_bias, group, G.sum((0, 2)).split(split), biases)
         g_T.append(_like(torch.bmm(r.mT, G), feature))
     return E, g_T, g_r, g_bias
@@ -77,11 +77,11 @@ def matching_gradient(
 def matching_adjoint(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     u_targets: Sequence[Tensor],
-    u_weights: Sequence[Tensor],
+    u_projections: Sequence[Tensor],
     u_biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
@@ -92,10 +92,10 @@ def matching_adjoint(
     H = r u_T + u_r T + u_bias;  v_T = rᵀ(k a H) + u_rᵀ G;  v_r = Σ_b (k a H) Tᵀ + G u_Tᵀ;
     v_bias = Σ k a H;  v_a = k Σ_ij d H.
     """
-    channels = [w.shape[0] for w in weights]
-    v_r: list[Tensor] = [w.new_empty(0) for w in weights] if primal else []
-    v_bias: list[Tensor] = [w.new_empty(0) for w in weights] if primal else []
-    v_a: list[Tensor] = [a.new_zeros(a.shape) for a in cotangents]
+    channels = [r.shape[0] for r in projections]
+    v_r: list[Tensor] = [r.new_empty(0) for r in projections] if primal else []
+    v_bias: list[Tensor] = [r.new_empty(0) for r in projections] if primal else []
+    v_a: list[Tensor] = [a.new_zeros(a.shape) for a in coefficients]
     v_T: list[Tensor] = []
     for n, (feature, u_feature) in enumerate(zip(targets, u_targets, strict=True)):
         group = [p for p, t in enumerate(target_of) if t == n]
@@ -106,17 +106,17 @@ def matching_adjoint(
         split = [channels[p] for p in group]
         T, u_T = feature.flatten(2), u_feature.flatten(2)  # [B, C_t, HW]
         area = T.shape[2]
-        r, u_r = _stacked(weights, group, T), _stacked(u_weights, group, T)  # [B, ΣC_s, C_t]
+        r, u_r = _stacked(projections, group, T), _stacked(u_projections, group, T)  # [B, ΣC_s, C_t]
         u_bias = torch.cat([u_biases[p] for p in group]).to(T.dtype)  # [ΣC_s]
-        d = _difference(feature, weights, sources, biases, source_of, group)  # [B, ΣC_s, HW]
+        d = _difference(feature, projections, sources, biases, source_of, group)  # [B, ΣC_s, HW]
         H = torch.baddbmm(u_bias[None, :, None], r, u_T).baddbmm_(u_r, T)  # [B, ΣC_s, HW]
-        _scatter(v_a, group, (d * H).sum(2).mul_(2 / area).split(split, 1), cotangents)
+        _scatter(v_a, group, (d * H).sum(2).mul_(2 / area).split(split, 1), coefficients)
         if not primal:
             continue
-        ka = _scaled(cotangents, group, area)  # [B, ΣC_s, 1]
+        ka = _scaled(coefficients, group, area)  # [B, ΣC_s, 1]
         kaH, G = H.mul_(ka), d.mul_(ka)
-        v_weight = torch.bmm(kaH, T.mT).baddbmm_(G, u_T.mT).sum(0)  # [ΣC_s, C_t]
-        _scatter(v_r, group, v_weight[:, :, None, None].split(split), weights)
+        v_stacked = torch.bmm(kaH, T.mT).baddbmm_(G, u_T.mT).sum(0)  # [ΣC_s, C_t]
+        _scatter(v_r, group, v_stacked[:, :, None, None].split(split), projections)
         _scatter(v_bias, group, kaH.sum((0, 2)).split(split), biases)
         v_T.append(_like(torch.bmm(r.mT, kaH).baddbmm_(u_r.mT, G), feature))
     return v_T, v_r, v_bias, v_a
@@ -124,7 +124,7 @@ def matching_adjoint(
 
 def _difference(
     feature: Tensor,
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     sources: Sequence[Tensor],
     biases: Sequence[Tensor],
     source_of: Sequence[int],
@@ -133,17 +133,17 @@ def _difference(
     """d = r T + bias − R(S) of the pairs in `group`, stacked along channels: [B, ΣC_s, HW]."""
     T, size = feature.flatten(2), feature.shape[-2:]
     S = [resize(sources[source_of[p]], size) - biases[p].to(T.dtype)[None, :, None, None] for p in group]
-    return torch.cat(S, 1).flatten(2).baddbmm_(_stacked(weights, group, T), T, beta=-1)
+    return torch.cat(S, 1).flatten(2).baddbmm_(_stacked(projections, group, T), T, beta=-1)
 
 
-def _stacked(weights: Sequence[Tensor], group: Sequence[int], T: Tensor) -> Tensor:
+def _stacked(projections: Sequence[Tensor], group: Sequence[int], T: Tensor) -> Tensor:
     """The projections r of the pairs in `group`, stacked along C_s and shared by the batch: [B, ΣC_s, C_t]."""
-    return torch.cat([weights[p].flatten(1) for p in group]).to(T.dtype).expand(T.shape[0], -1, -1)
+    return torch.cat([projections[p].flatten(1) for p in group]).to(T.dtype).expand(T.shape[0], -1, -1)
 
 
-def _scaled(cotangents: Sequence[Tensor], group: Sequence[int], area: int) -> Tensor:
+def _scaled(coefficients: Sequence[Tensor], group: Sequence[int], area: int) -> Tensor:
     """k a of the pairs in `group`, k = 2/HW: [B, ΣC_s, 1]."""
-    return torch.cat([cotangents[p] for p in group], 1).mul_(2 / area).unsqueeze(2)
+    return torch.cat([coefficients[p] for p in group], 1).mul_(2 / area).unsqueeze(2)
 
 
 def _scatter(into: list[Tensor], group: Sequence[int], values: Sequence[Tensor], like: Sequence[Tensor]) -> None:

@@ -2,16 +2,16 @@
 
 Lists: `targets` holds one feature [B, C_t, H, W] a target layer, `sources` one feature [B, C_s, h, w] a source
 layer (all source networks in one list). Pair p joins sources[source_of[p]] with targets[target_of[p]] and has a
-projection weights[p] [C_s, C_t, 1, 1], biases[p] [C_s], and a weight of each squared distance,
-cotangents[p] = a [B, C_s]. With
+projection r = projections[p] [C_s, C_t, 1, 1] with biases[p] [C_s], and coefficients a = coefficients[p] [B, C_s] of
+its squared distances. With
 
     E_bc = (1/HW) Σ_ij (r T + bias − R(S))²      (R: bilinear resize to the target's H x W)
 
 the matching loss of the paper (eq. 3) is L_wfm = Σ_p Σ_bc a_bc E_bc with a = (β/B) λ_b w_bc. The operators take
 a, not (λ, w): a is the same in all simulated steps, so one product, and one VJP through it, serve them all.
 
-Features share one dtype; weights, biases and a have it too, or are float32 beside bfloat16 features: results have the
-dtype of what they are the gradient of.
+Features share one dtype; projections, biases and a have it too, or are float32 beside bfloat16 features: results have
+the dtype of what they are the gradient of.
 
 `matching_gradient` gives ∂(Σ a E) and, on request, E; `matching_adjoint` is its reverse-mode derivative, registered
 as its backward. `matching_distances` is the differentiable E; its gradient is `matching_gradient` again, so it can
@@ -19,7 +19,6 @@ be differentiated twice. The adjoint itself is not differentiable (no third orde
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from l2t_fast.kernels.matching import aten as torch_impl
-
-_TRITON = find_spec("triton") is not None  # it is for Linux
+from l2t_fast.kernels import launch
+from l2t_fast.kernels.matching import aten
 
 Grads = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -40,23 +38,28 @@ def implementation(feature: Tensor) -> ModuleType:
     Without tensor cores Triton's products keep so little in registers that d would be formed many times over; cuBLAS's
     are the better ones. Float64 is there to check with.
     """
-    if not _TRITON or not feature.is_cuda or not feature.numel():
-        return torch_impl
+    if not launch.TRITON or not feature.is_cuda or not feature.numel():
+        return aten
     tf32 = feature.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     if feature.dtype == torch.bfloat16 or tf32:
-        from l2t_fast.kernels.matching import triton_launch as triton_impl
+        from l2t_fast.kernels.matching import triton_launch
 
-        return triton_impl
-    return torch_impl
+        return triton_launch
+    return aten
+
+
+def reads_resized(feature: Tensor) -> bool:
+    """Whether R(S), made once, serves features like this one better than S: where it is no part of the kernels."""
+    return implementation(feature) is aten
 
 
 @torch.library.custom_op("l2t::matching_gradient", mutates_args=())
 def matching_gradient(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
     distances: bool,
@@ -64,10 +67,10 @@ def matching_gradient(
     """Gradient of Σ_p Σ_bc a_bc E_bc with respect to the target features and the projections.
 
     Returns (E, g_T, g_r, g_bias): E a [B, C_s] for each pair (an empty list unless `distances`), g_T like `targets`,
-    g_r like `weights`, g_bias like `biases`. Differentiable once, in everything but `sources`.
+    g_r like `projections`, g_bias like `biases`. Differentiable once, in everything but `sources`.
     """
     grads: Grads = implementation(targets[0]).matching_gradient(
-        targets, sources, weights, biases, cotangents, source_of, target_of, distances
+        targets, sources, projections, biases, coefficients, source_of, target_of, distances
     )
     return grads
 
@@ -76,26 +79,26 @@ def matching_gradient(
 def _(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
     distances: bool,
 ) -> Grads:
-    E = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in cotangents] if distances else []
-    return E, *_like_primal(targets, weights, biases)
+    E = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in coefficients] if distances else []
+    return E, *_like_primal(targets, projections, biases)
 
 
 @torch.library.custom_op("l2t::matching_adjoint", mutates_args=())
 def matching_adjoint(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     u_targets: Sequence[Tensor],
-    u_weights: Sequence[Tensor],
+    u_projections: Sequence[Tensor],
     u_biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
@@ -109,11 +112,11 @@ def matching_adjoint(
     grads: Grads = implementation(targets[0]).matching_adjoint(
         targets,
         sources,
-        weights,
+        projections,
         biases,
-        cotangents,
+        coefficients,
         u_targets,
-        u_weights,
+        u_projections,
         u_biases,
         source_of,
         target_of,
@@ -126,34 +129,34 @@ def matching_adjoint(
 def _(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     u_targets: Sequence[Tensor],
-    u_weights: Sequence[Tensor],
+    u_projections: Sequence[Tensor],
     u_biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
     primal: bool,
 ) -> Grads:
-    v_a = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in cotangents]
+    v_a = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in coefficients]
     if not primal:
         return [], [], [], v_a
-    return *_like_primal(targets, weights, biases), v_a
+    return *_like_primal(targets, projections, biases), v_a
 
 
 @torch.library.custom_op("l2t::matching_distances", mutates_args=())
 def matching_distances(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
 ) -> list[Tensor]:
     """E, a [B, C_s] for each pair. Twice differentiable, in everything but `sources`."""
     E: list[Tensor] = implementation(targets[0]).matching_distances(
-        targets, sources, weights, biases, source_of, target_of
+        targets, sources, projections, biases, source_of, target_of
     )
     return E
 
@@ -162,13 +165,13 @@ def matching_distances(
 def _(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
 ) -> list[Tensor]:
     batch = targets[0].shape[0]
-    return [w.new_empty(batch, w.shape[0]) for w in weights]
+    return [r.new_empty(batch, r.shape[0]) for r in projections]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -185,15 +188,15 @@ def _saved(ctx: Any) -> list[list[Tensor]]:
 
 
 def _distances_backward(ctx: Any, u_E: list[Tensor]) -> tuple[Any, ...]:
-    targets, sources, weights, biases = _saved(ctx)
-    _, g_T, g_r, g_bias = matching_gradient(targets, sources, weights, biases, u_E, *ctx.indices, False)
+    targets, sources, projections, biases = _saved(ctx)
+    _, g_T, g_r, g_bias = matching_gradient(targets, sources, projections, biases, u_E, *ctx.indices, False)
     return g_T, [None] * len(sources), g_r, g_bias, None, None
 
 
 def _gradient_backward(ctx: Any, u_E: list[Tensor], *u: list[Tensor]) -> tuple[Any, ...]:
-    targets, sources, weights, biases, a = _saved(ctx)
+    targets, sources, projections, biases, a = _saved(ctx)
     primal = any(any(ctx.needs_input_grad[i]) for i in (0, 2, 3))
-    v_T, v_r, v_bias, v_a = matching_adjoint(targets, sources, weights, biases, a, *u, *ctx.indices, primal)
+    v_T, v_r, v_bias, v_a = matching_adjoint(targets, sources, projections, biases, a, *u, *ctx.indices, primal)
     if not primal:
         return (
             [None] * len(targets),
@@ -206,7 +209,7 @@ def _gradient_backward(ctx: Any, u_E: list[Tensor], *u: list[Tensor]) -> tuple[A
             None,
         )
     if u_E:
-        _, g_T, g_r, g_bias = matching_gradient(targets, sources, weights, biases, u_E, *ctx.indices, False)
+        _, g_T, g_r, g_bias = matching_gradient(targets, sources, projections, biases, u_E, *ctx.indices, False)
         v_T, v_r, v_bias = (
             [v + g for v, g in zip(vs, gs, strict=True)] for vs, gs in ((v_T, g_T), (v_r, g_r), (v_bias, g_bias))
         )
@@ -217,39 +220,38 @@ matching_distances.register_autograd(_distances_backward, setup_context=_save)
 matching_gradient.register_autograd(_gradient_backward, setup_context=_save)
 
 
-def _unit(targets: Sequence[Tensor], weights: Sequence[Tensor], target_of: Sequence[int]) -> int:
+def _unit(targets: Sequence[Tensor], projections: Sequence[Tensor], target_of: Sequence[int]) -> int:
     """FLOPs of one product r T for all pairs."""
     areas = [t.shape[0] * t.shape[2] * t.shape[3] for t in targets]
-    return sum(2 * w.numel() * areas[n] for w, n in zip(weights, target_of, strict=True))
+    return sum(2 * r.numel() * areas[n] for r, n in zip(projections, target_of, strict=True))
 
 
 # For torch.utils.flop_counter, which does not look inside an operator.
 
 
 @register_flop_formula(torch.ops.l2t.matching_distances, get_raw=True)
-def _(targets: Any, sources: Any, weights: Any, biases: Any, source_of: Any, target_of: Any, **_: Any) -> int:
-    return _unit(targets, weights, target_of)
+def _(targets: Any, sources: Any, projections: Any, biases: Any, source_of: Any, target_of: Any, **_: Any) -> int:
+    return _unit(targets, projections, target_of)
 
 
 @register_flop_formula(torch.ops.l2t.matching_gradient, get_raw=True)
-def _(
-    targets: Any, sources: Any, weights: Any, biases: Any, a: Any, source_of: Any, target_of: Any, *_: Any, **__: Any
-) -> int:
-    return 3 * _unit(targets, weights, target_of)
+def _(targets: Any, sources: Any, projections: Any, *rest: Any, **_: Any) -> int:
+    target_of, _distances = rest[-2:]
+    return 3 * _unit(targets, projections, target_of)
 
 
 @register_flop_formula(torch.ops.l2t.matching_adjoint, get_raw=True)
-def _(targets: Any, sources: Any, weights: Any, *rest: Any, **_: Any) -> int:
+def _(targets: Any, sources: Any, projections: Any, *rest: Any, **_: Any) -> int:
     target_of, primal = rest[-2:]
-    return (7 if primal else 3) * _unit(targets, weights, target_of)
+    return (7 if primal else 3) * _unit(targets, projections, target_of)
 
 
 def _like_primal(
-    targets: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]
+    targets: Sequence[Tensor], projections: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     contiguous = torch.contiguous_format
     return (
         [torch.empty_like(t) for t in targets],
-        [torch.empty_like(w, memory_format=contiguous) for w in weights],
+        [torch.empty_like(r, memory_format=contiguous) for r in projections],
         [torch.empty_like(b, memory_format=contiguous) for b in biases],
     )

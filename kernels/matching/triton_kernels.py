@@ -1,4 +1,4 @@
-"""The device code of the operators in Triton; `plan.py` says who owns what, `triton_impl.py` launches it.
+"""The device code of the operators in Triton; `plan.py` says who owns what, `triton_launch.py` launches it.
 
 d = r T + bias − R(S) is formed a tile [positions, C_s] at a time and never leaves the chip. Position programs sum over
 channels and pairs, channel programs over positions and samples; both form d anew, because a [B, C_s, H·W] that reached
@@ -17,16 +17,9 @@ LAYER = (C, H, W, channels_last, CHUNK, BP, HP, FIRST, LAST), constants of a tar
 import triton
 import triton.language as tl
 
+from l2t_fast.kernels.triton_functions import pick
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter's tl.dot knows no bf16
-
-
-@triton.jit
-def _pick(pointers, i, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """pointers[i], FIRST <= i < LAST."""
-    pointer = pointers[FIRST]
-    for k in tl.static_range(FIRST + 1, LAST):
-        pointer = tl.where(i == k, pointers[k], pointer)
-    return pointer
 
 
 @triton.jit
@@ -93,7 +86,7 @@ def _project(T, r, total, at, s, s_ok, LAYER: tl.constexpr, STEP: tl.constexpr, 
 def _source(sources, pairs, i, LAYOUT: tl.constexpr, ALIGN: tl.constexpr):
     """(S, C_s, h, w, stride of a position, stride of a channel) of pair i."""
     row = pairs + i * 8
-    S = _pick(sources, tl.load(row), 0, len(sources))
+    S = pick(sources, tl.load(row), 0, len(sources))
     C_s, h, w = tl.multiple_of(tl.load(row + 1), ALIGN), tl.load(row + 2), tl.load(row + 3)
     if LAYOUT == 0:
         position, channel = 1, h * w
@@ -161,7 +154,7 @@ def _scale(a, C_s, at, s, s_ok, LAYER: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _position_program(
-    T, u_T, out, sources, weights, u_weights, biases, u_biases, cotangents, pairs, c_out, b0, ij0, batch,
+    T, u_T, out, sources, projections, u_projections, biases, u_biases, coefficients, pairs, c_out, b0, ij0, batch,
     LAYER: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
     LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -183,12 +176,12 @@ def _position_program(
         for i in range(FIRST, LAST):
             source = _source(sources, pairs, i, LAYOUT, ALIGN)
             r, bias, a = (
-                _pick(weights, i, FIRST, LAST),
-                _pick(biases, i, FIRST, LAST),
-                _pick(cotangents, i, FIRST, LAST),
+                pick(projections, i, FIRST, LAST),
+                pick(biases, i, FIRST, LAST),
+                pick(coefficients, i, FIRST, LAST),
             )
             if ADJOINT:
-                u_r, u_bias = _pick(u_weights, i, FIRST, LAST), _pick(u_biases, i, FIRST, LAST)
+                u_r, u_bias = pick(u_projections, i, FIRST, LAST), pick(u_biases, i, FIRST, LAST)
             for s0 in range(0, source[1], BS):
                 s = s0 + tl.arange(0, BS)
                 s_ok = s < source[1]
@@ -223,7 +216,8 @@ def _position_program(
 
 @triton.jit(do_not_specialize=["batch"])  # a smaller last batch must not compile it anew
 def position_kernel(
-    targets, u_targets, outputs, sources, weights, u_weights, biases, u_biases, cotangents, programs, pairs, batch,
+    targets, u_targets, outputs, sources, projections, u_projections, biases, u_biases, coefficients,
+    programs, pairs, batch,
     LAYERS: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
     LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -233,15 +227,16 @@ def position_kernel(
     for n in tl.static_range(len(LAYERS)):
         if layer == n:
             _position_program(
-                targets[n], u_targets[n], outputs[n], sources, weights, u_weights, biases, u_biases, cotangents, pairs,
-                chunk * LAYERS[n][4], b0, tile * LAYERS[n][6], batch,
+                targets[n], u_targets[n], outputs[n], sources, projections, u_projections, biases, u_biases,
+                coefficients, pairs, chunk * LAYERS[n][4], b0, tile * LAYERS[n][6], batch,
                 tl.constexpr(LAYERS[n]), BS, STEP, ADJOINT, PRECISION, LAYOUT, ALIGN, DTYPE,
             )  # fmt: skip
 
 
 @triton.jit
 def _channel_program(
-    T, u_T, sources, weights, u_weights, biases, u_biases, cotangents, sums, r_outputs, bias_outputs, workspace, pairs,
+    T, u_T, sources, projections, u_projections, biases, u_biases, coefficients, sums, r_outputs, bias_outputs,
+    workspace, pairs,
     i, s0, c_out, b_start, b_end, offset,
     LAYER: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, ADJOINT: tl.constexpr, PRODUCTS: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
@@ -264,16 +259,16 @@ def _channel_program(
     X: tl.constexpr = T.dtype.element_ty
     source = _source(sources, pairs, i, LAYOUT, ALIGN)
     C_s = source[1]
-    r, a = _pick(weights, i, FIRST, LAST), _pick(cotangents, i, FIRST, LAST)
+    r, a = pick(projections, i, FIRST, LAST), pick(coefficients, i, FIRST, LAST)
     s = s0 + tl.arange(0, BS)
     s_ok = s < C_s
-    bias = _load_channels(_pick(biases, i, FIRST, LAST), s, s_ok, DTYPE)
+    bias = _load_channels(pick(biases, i, FIRST, LAST), s, s_ok, DTYPE)
     r_product = tl.zeros((CHUNK, BS), DTYPE)
     bias_sum = tl.zeros((BS,), DTYPE)
     sample_sum = tl.zeros((NB, BS), DTYPE)
     if ADJOINT:
-        u_r = _pick(u_weights, i, FIRST, LAST)
-        u_bias = _load_channels(_pick(u_biases, i, FIRST, LAST), s, s_ok, DTYPE)
+        u_r = pick(u_projections, i, FIRST, LAST)
+        u_bias = _load_channels(pick(u_biases, i, FIRST, LAST), s, s_ok, DTYPE)
     if RESIDENT:
         r_tile = _load_projection(r, s, s_ok, 0, C, CHUNK, X)  # [BS, CHUNK]
         if ADJOINT:
@@ -309,7 +304,7 @@ def _channel_program(
             done = tile % TILES == TILES - 1
             b = tl.arange(0, NB)
             b_done = b < tl.where(done, tl.where(c_out == 0, b_end - b0, 0), 0)
-            pointers = _pick(sums, i, FIRST, LAST) + b0.to(tl.int64) * C_s + b[:, None] * C_s + s[None, :]
+            pointers = pick(sums, i, FIRST, LAST) + b0.to(tl.int64) * C_s + b[:, None] * C_s + s[None, :]
             tl.store(pointers, sample_sum, mask=b_done[:, None] & s_ok[None, :])
             sample_sum = tl.where(done, 0.0, sample_sum)
         if PRODUCTS:
@@ -329,8 +324,8 @@ def _channel_program(
         m_r = (c < C)[:, None] & s_ok[None, :]
         m_bias = s < tl.where(c_out == 0, C_s, 0)
         if offset < 0:
-            tl.store(_pick(r_outputs, i, FIRST, LAST) + o_r, r_product, mask=m_r)
-            tl.store(_pick(bias_outputs, i, FIRST, LAST) + s, bias_sum, mask=m_bias)
+            tl.store(pick(r_outputs, i, FIRST, LAST) + o_r, r_product, mask=m_r)
+            tl.store(pick(bias_outputs, i, FIRST, LAST) + s, bias_sum, mask=m_bias)
         else:
             tl.store(workspace + offset + o_r, r_product, mask=m_r)
             tl.store(workspace + offset + C_s * C + s, bias_sum, mask=m_bias)
@@ -338,8 +333,8 @@ def _channel_program(
 
 @triton.jit
 def channel_kernel(
-    targets, u_targets, sources, weights, u_weights, biases, u_biases, cotangents, sums, r_outputs, bias_outputs,
-    workspace, programs, pairs,
+    targets, u_targets, sources, projections, u_projections, biases, u_biases, coefficients, sums,
+    r_outputs, bias_outputs, workspace, programs, pairs,
     LAYERS: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, ADJOINT: tl.constexpr, PRODUCTS: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -351,7 +346,7 @@ def channel_kernel(
         if LAYERS[n][7] < LAYERS[n][8]:  # noqa: SIM102 (known at compile time, the other is not)
             if layer == n:
                 _channel_program(
-                    targets[n], u_targets[n], sources, weights, u_weights, biases, u_biases, cotangents, sums,
+                    targets[n], u_targets[n], sources, projections, u_projections, biases, u_biases, coefficients, sums,
                     r_outputs, bias_outputs, workspace, pairs,
                     i, block * BS, chunk * LAYERS[n][4], b_start, b_end, offset,
                     tl.constexpr(LAYERS[n]), BS, STEP, ADJOINT, PRODUCTS, SUMS, PRECISION, LAYOUT, ALIGN, DTYPE,
@@ -368,5 +363,5 @@ def reduction_kernel(workspace, r_outputs, bias_outputs, programs, BLOCK: tl.con
     total = tl.load(workspace + offset + o, mask=o < size, other=0.0)
     for split in range(1, splits):
         total += tl.load(workspace + offset + split * size + o, mask=o < size, other=0.0)
-    tl.store(_pick(r_outputs, i, 0, len(r_outputs)) + o, total, mask=o < n_r)
-    tl.store(_pick(bias_outputs, i, 0, len(bias_outputs)) + (o - n_r), total, mask=(o >= n_r) & (o < size))
+    tl.store(pick(r_outputs, i, 0, len(r_outputs)) + o, total, mask=o < n_r)
+    tl.store(pick(bias_outputs, i, 0, len(bias_outputs)) + (o - n_r), total, mask=(o >= n_r) & (o < size))

@@ -1,6 +1,5 @@
 """The operators in Triton: every pair of a model in at most three launches; see `triton_kernels.py`."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from l2t_fast.kernels import launch as launching
+from l2t_fast.kernels import launch
 from l2t_fast.kernels.matching.plan import (
     REDUCED,
     Feature,
@@ -30,9 +29,9 @@ class _Primal:
     order: list[int]  # of the pairs
     targets: tuple[Tensor, ...]
     sources: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
+    projections: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
-    cotangents: tuple[Tensor, ...]
+    coefficients: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,20 @@ class _Direction:
     """The cotangents (u_T, u_r, u_bias) of an adjoint, likewise."""
 
     targets: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
+    projections: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
 
 
 def _primal(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
 ) -> _Primal:
-    order = sorted(range(len(weights)), key=lambda p: target_of[p])
+    order = sorted(range(len(projections)), key=lambda p: target_of[p])
     targets, sources = tuple(map(_dense, targets)), tuple(map(_dense, sources))
     T = targets[0]
     signature = Signature(
@@ -64,31 +63,31 @@ def _primal(
         T.dtype,
         _precision(T.dtype),
         T.device,
-        *device_properties(T.device),
+        *launch.device_properties(T.device),
     )
-    parameters = (_contiguous(tensors, order) for tensors in (weights, biases, cotangents))
+    parameters = (_contiguous(tensors, order) for tensors in (projections, biases, coefficients))
     return _Primal(signature, order, targets, sources, *parameters)
 
 
 def _direction(
-    primal: _Primal, u_targets: Sequence[Tensor], u_weights: Sequence[Tensor], u_biases: Sequence[Tensor]
+    primal: _Primal, u_targets: Sequence[Tensor], u_projections: Sequence[Tensor], u_biases: Sequence[Tensor]
 ) -> _Direction:
     u_T = (
         u.contiguous(memory_format=torch.channels_last if T.channels_last else torch.contiguous_format)
         for u, T in zip(u_targets, primal.signature.targets, strict=True)
     )
-    return _Direction(tuple(u_T), _contiguous(u_weights, primal.order), _contiguous(u_biases, primal.order))
+    return _Direction(tuple(u_T), _contiguous(u_projections, primal.order), _contiguous(u_biases, primal.order))
 
 
 def _sum_pairs(primal: _Primal, u: _Direction | None, outputs: Sequence[Tensor]) -> None:
     """g_T, or v_T in the direction u, into `outputs`."""
-    launch = position_launch(primal.signature, u is not None)
+    planned = position_launch(primal.signature, u is not None)
     dense = tuple(
-        out if _is_dense(out) and _feature(out) == T else torch.empty_like(feature)
+        out if launch.is_dense(out) and _feature(out) == T else torch.empty_like(feature)
         for out, feature, T in zip(outputs, primal.targets, primal.signature.targets, strict=True)
     )
-    arguments = _arguments(primal, u, launch) | {"outputs": dense, "batch": primal.signature.batch}
-    _launch(position_kernel, launch.programs, arguments, launch.config.warps, launch.config.stages)
+    arguments = _arguments(primal, u, planned) | {"outputs": dense, "batch": primal.signature.batch}
+    _launch(position_kernel, planned.programs, arguments, planned.config.warps, planned.config.stages)
     for out, result in zip(outputs, dense, strict=True):
         if out is not result:
             out.copy_(result)
@@ -102,42 +101,42 @@ def _sum_positions(
     bias_sums: Sequence[Tensor] = (),
 ) -> None:
     """E, or v_a in the direction u, into `sums`; g_r and g_bias, or v_r and v_bias, into the others; empty ones not."""
-    launch = channel_launch(primal.signature, u is not None, bool(r_products))
-    workspace = primal.targets[0].new_empty(max(launch.workspace, 1), dtype=accumulator(primal.signature.dtype))
+    planned = channel_launch(primal.signature, u is not None, bool(r_products))
+    workspace = primal.targets[0].new_empty(max(planned.workspace, 1), dtype=accumulator(primal.signature.dtype))
     outputs = {
         # What is not asked for is not written either: any pointer will do.
-        name: tuple(tensors[p] for p in primal.order) if tensors else primal.weights[:1]
+        name: tuple(tensors[p] for p in primal.order) if tensors else primal.projections[:1]
         for name, tensors in (("sums", sums), ("r_outputs", r_products), ("bias_outputs", bias_sums))
     }
     flags = {"PRODUCTS": bool(r_products), "SUMS": bool(sums)}
-    arguments = _arguments(primal, u, launch) | outputs | flags | {"workspace": workspace}
-    _launch(channel_kernel, launch.programs, arguments, launch.config.warps, launch.config.stages)
+    arguments = _arguments(primal, u, planned) | outputs | flags | {"workspace": workspace}
+    _launch(channel_kernel, planned.programs, arguments, planned.config.warps, planned.config.stages)
     arguments = {name: outputs[name] for name in ("r_outputs", "bias_outputs")}
-    arguments |= {"workspace": workspace, "programs": launch.reduction, "BLOCK": REDUCED}
-    _launch(reduction_kernel, launch.reduction, arguments, warps=4, stages=1)
+    arguments |= {"workspace": workspace, "programs": planned.reduction, "BLOCK": REDUCED}
+    _launch(reduction_kernel, planned.reduction, arguments, warps=4, stages=1)
 
 
-def _arguments(primal: _Primal, u: _Direction | None, launch: Launch) -> dict[str, Any]:
+def _arguments(primal: _Primal, u: _Direction | None, planned: Launch) -> dict[str, Any]:
     """What position and channel kernels share."""
-    d = u or _Direction(primal.targets, primal.weights[:1], primal.biases[:1])  # without u never read
+    d = u or _Direction(primal.targets, primal.projections[:1], primal.biases[:1])  # without u never read
     return {
         "targets": primal.targets,
         "u_targets": d.targets,
         "sources": primal.sources,
-        "weights": primal.weights,
-        "u_weights": d.weights,
+        "projections": primal.projections,
+        "u_projections": d.projections,
         "biases": primal.biases,
         "u_biases": d.biases,
-        "cotangents": primal.cotangents,
-        "programs": launch.programs,
-        "pairs": launch.pairs,
-        "LAYERS": tuple(map(tuple, launch.layers)),
-        "BS": launch.block,
-        "STEP": launch.config.step,
+        "coefficients": primal.coefficients,
+        "programs": planned.programs,
+        "pairs": planned.pairs,
+        "LAYERS": tuple(map(tuple, planned.layers)),
+        "BS": planned.block,
+        "STEP": planned.config.step,
         "ADJOINT": u is not None,
         "PRECISION": primal.signature.precision,
-        "LAYOUT": launch.source_layout,
-        "ALIGN": launch.source_align,
+        "LAYOUT": planned.source_layout,
+        "ALIGN": planned.source_align,
         "DTYPE": tl.float64 if primal.signature.dtype == torch.float64 else tl.float32,
     }
 
@@ -145,15 +144,11 @@ def _arguments(primal: _Primal, u: _Direction | None, launch: Launch) -> dict[st
 def _launch(kernel: Any, programs: Tensor, arguments: dict[str, Any], warps: int, stages: int) -> None:
     """One program for each row of `programs`; nothing where there is none."""
     if len(programs):
-        launching.launch(kernel, (len(programs),), arguments, programs, warps, stages)
+        launch.launch(kernel, (len(programs),), arguments, programs, warps, stages)
 
 
 def _dense(feature: Tensor) -> Tensor:
-    return feature if _is_dense(feature) else feature.contiguous()
-
-
-def _is_dense(feature: Tensor) -> bool:
-    return feature.is_contiguous() or feature.is_contiguous(memory_format=torch.channels_last)
+    return feature if launch.is_dense(feature) else feature.contiguous()
 
 
 def _feature(x: Tensor) -> Feature:
@@ -173,46 +168,35 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@functools.cache
-def device_properties(device: torch.device) -> tuple[str, int]:
-    """(architecture as `configs.CONFIGS` names it, multiprocessors)."""
-    if device.type != "cuda":
-        return "interpreter", 8
-    properties = torch.cuda.get_device_properties(device)
-    hip = torch.version.hip is not None
-    arch = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
-    return arch, properties.multi_processor_count
-
-
 def matching_distances(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
 ) -> list[Tensor]:
     """E; see `matching.ops.matching_distances`. One launch."""
-    E = [w.new_empty(targets[0].shape[0], w.shape[0]) for w in weights]
+    E = [r.new_empty(targets[0].shape[0], r.shape[0]) for r in projections]
     a = biases  # stands in: E does not depend on a
-    _sum_positions(_primal(targets, sources, weights, biases, a, source_of, target_of), None, E)
+    _sum_positions(_primal(targets, sources, projections, biases, a, source_of, target_of), None, E)
     return E
 
 
 def matching_gradient(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
     distances: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(E, g_T, g_r, g_bias); see `matching.ops.matching_gradient`. Three launches."""
-    primal = _primal(targets, sources, weights, biases, cotangents, source_of, target_of)
-    E = _like(cotangents) if distances else []
-    g_T, g_r, g_bias = [torch.empty_like(T) for T in targets], _like(weights), _like(biases)
+    primal = _primal(targets, sources, projections, biases, coefficients, source_of, target_of)
+    E = _like(coefficients) if distances else []
+    g_T, g_r, g_bias = [torch.empty_like(T) for T in targets], _like(projections), _like(biases)
     _sum_pairs(primal, None, g_T)
     _sum_positions(primal, None, E, g_r, g_bias)
     return E, g_T, g_r, g_bias
@@ -221,24 +205,24 @@ def matching_gradient(
 def matching_adjoint(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     u_targets: Sequence[Tensor],
-    u_weights: Sequence[Tensor],
+    u_projections: Sequence[Tensor],
     u_biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
     primal: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(v_T, v_r, v_bias, v_a); see `matching.ops.matching_adjoint`. Three launches, or one for v_a alone."""
-    point = _primal(targets, sources, weights, biases, cotangents, source_of, target_of)
-    u = _direction(point, u_targets, u_weights, u_biases)
-    v_a = _like(cotangents)
+    point = _primal(targets, sources, projections, biases, coefficients, source_of, target_of)
+    u = _direction(point, u_targets, u_projections, u_biases)
+    v_a = _like(coefficients)
     if not primal:
         _sum_positions(point, u, v_a)
         return [], [], [], v_a
-    v_T, v_r, v_bias = [torch.empty_like(T) for T in targets], _like(weights), _like(biases)
+    v_T, v_r, v_bias = [torch.empty_like(T) for T in targets], _like(projections), _like(biases)
     _sum_pairs(point, u, v_T)
     _sum_positions(point, u, v_a, v_r, v_bias)
     return v_T, v_r, v_bias, v_a

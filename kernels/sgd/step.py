@@ -1,39 +1,27 @@
-"""SGD with momentum on all parameters at once: the step, in place or as a function, and its adjoint.
+"""The SGD step (`rule.py`) of all parameters at once, in place or as a function, and its adjoint.
 
-    g = ∇ + wd θ,   v' = μ v + g,   θ' = θ − α v'   (Nesterov: θ' = θ − α (g + μ v'))
-
-as `torch.optim.SGD` (dampening 0). A parameter whose gradient is None has ∇ = 0: momentum and weight decay reach it all
-the same. α is a tensor, so that a schedule changes it under a captured CUDA graph. On CUDA each is one Triton launch
-for up to `triton_sgd.LIMIT` parameters of a kind, and one pass over memory; elsewhere ATen's multi-tensor operations.
+A parameter whose gradient is None has ∇ = 0: momentum and weight decay reach it all the same. α is a tensor, so that a
+schedule changes it under a captured CUDA graph. On CUDA each is one Triton launch for up to `triton_kernels.LIMIT`
+parameters of a kind, and one pass over memory; elsewhere ATen's multi-tensor operations.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-_TRITON = find_spec("triton") is not None  # it is for Linux
-
-
-@dataclass(frozen=True)
-class SGD:
-    """The rule: μ, wd and Nesterov's form; the learning rate α is given at each step."""
-
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    nesterov: bool = False
+from l2t_fast.kernels import launch
+from l2t_fast.kernels.sgd.rule import SGD
 
 
 def sgd_step(
     theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(θ', v'). lr: α, a scalar tensor on the device of θ. ∇ may be of lower precision than θ."""
-    if _fused(theta):
-        from l2t_fast.kernels.sgd import triton_kernels as triton_sgd
+    if fused(theta):
+        from l2t_fast.kernels.sgd import triton_kernels
 
-        return triton_sgd.step(theta, v, g, lr, rule)
+        return triton_kernels.step(theta, v, g, lr, rule)
     grads = [torch.zeros_like(p) if x is None else x for p, x in zip(theta, g, strict=True)]
     decayed = torch._foreach_add(grads, list(theta), alpha=rule.weight_decay)
     new_v = torch._foreach_add(decayed, list(v), alpha=rule.momentum)
@@ -43,10 +31,10 @@ def sgd_step(
 
 def sgd_step_(theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD) -> None:
     """The same in place: θ and v become θ' and v'."""
-    if _fused(theta):
-        from l2t_fast.kernels.sgd import triton_kernels as triton_sgd
+    if fused(theta):
+        from l2t_fast.kernels.sgd import triton_kernels
 
-        triton_sgd.step(theta, v, g, lr, rule, in_place=True)
+        triton_kernels.step(theta, v, g, lr, rule, in_place=True)
         return
     new_theta, new_v = sgd_step(theta, v, g, lr, rule)
     torch._foreach_copy_(list(theta), new_theta)
@@ -67,10 +55,10 @@ def sgd_adjoint_(
     u_v: None is zero (nothing reads the last step's momentum); else like u_θ in memory.
     dtypes: those of ∇, and so of ḡ; None where there is none.
     """
-    if _fused(u_theta):
-        from l2t_fast.kernels.sgd import triton_kernels as triton_sgd
+    if fused(u_theta):
+        from l2t_fast.kernels.sgd import triton_kernels
 
-        return triton_sgd.adjoint(u_theta, u_v, dtypes, lr, rule)
+        return triton_kernels.adjoint(u_theta, u_v, dtypes, lr, rule)
     step = torch._foreach_mul(list(u_theta), lr)
     scaled = torch._foreach_mul(step, -rule.momentum) if rule.nesterov else torch._foreach_neg(step)
     q = scaled if u_v is None else torch._foreach_add(list(u_v), scaled)
@@ -80,9 +68,6 @@ def sgd_adjoint_(
     return g_bar, list(torch._foreach_mul(q, rule.momentum))
 
 
-def _fused(tensors: Sequence[Tensor]) -> bool:
-    return _TRITON and bool(tensors) and tensors[0].is_cuda and all(map(_dense, tensors))
-
-
-def _dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+def fused(tensors: Sequence[Tensor]) -> bool:
+    """Whether Triton computes."""
+    return launch.TRITON and bool(tensors) and tensors[0].is_cuda and all(map(launch.is_dense, tensors))

@@ -1,4 +1,4 @@
-"""`sgd.py` in Triton: a program owns a block of one parameter, reads everything of it once and writes it once."""
+"""`step.py` in Triton: a program owns a block of one parameter, reads everything of it once and writes it once."""
 
 # mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l2t_fast.kernels import launch as launching
-from l2t_fast.kernels.matching.triton_kernels import _pick
-from l2t_fast.kernels.sgd.step import SGD
+from l2t_fast.kernels import launch
+from l2t_fast.kernels.sgd.rule import SGD
+from l2t_fast.kernels.triton_functions import pick
 
 LIMIT = 96  # parameters of a launch: five pointers of each stay within 4 KiB of kernel parameters
 BLOCK = 4096
@@ -91,13 +91,13 @@ def step_kernel(
     """θ' and v' of one block of one of N parameters; without GRADIENT, g is not read."""
     i, first, n = _row(programs)
     theta, v, new_theta, new_v = (
-        _pick(theta, i, 0, N),
-        _pick(v, i, 0, N),
-        _pick(new_theta, i, 0, N),
-        _pick(new_v, i, 0, N),
+        pick(theta, i, 0, N),
+        pick(v, i, 0, N),
+        pick(new_theta, i, 0, N),
+        pick(new_v, i, 0, N),
     )
     if GRADIENT:
-        g = _pick(g, i, 0, N)
+        g = pick(g, i, 0, N)
     alpha = tl.load(lr).to(DTYPE)
     o = first + tl.arange(0, BLOCK)  # [BLOCK]
     if first + BLOCK <= n:
@@ -152,9 +152,9 @@ def adjoint_kernel(
 ):
     """θ̄ and v̄ in place, and with GRADIENT ḡ, of one block of one of N parameters; without VELOCITY u_v counts as 0."""
     i, first, n = _row(programs)
-    u_theta, u_v = _pick(u_theta, i, 0, N), _pick(u_v, i, 0, N)
+    u_theta, u_v = pick(u_theta, i, 0, N), pick(u_v, i, 0, N)
     if GRADIENT:
-        g_bar = _pick(g_bar, i, 0, N)
+        g_bar = pick(g_bar, i, 0, N)
     alpha = tl.load(lr).to(DTYPE)
     o = first + tl.arange(0, BLOCK)  # [BLOCK]
     if first + BLOCK <= n:
@@ -171,7 +171,7 @@ def step(
     rule: SGD,
     in_place: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(θ', v'); see `sgd.sgd_step`. In place they are θ and v themselves, which must be alike then. θ must be dense."""
+    """(θ', v'); see `step.sgd_step`. In place they are θ and v, which must be alike then. θ must be dense."""
     new_theta = list(theta) if in_place else [torch.empty_like(p) for p in theta]
     new_v = list(v) if in_place else [torch.empty_like(p) for p in theta]
     velocities = [_as(x, p) for x, p in zip(v, theta, strict=True)]
@@ -192,7 +192,7 @@ def adjoint(
     lr: Tensor,
     rule: SGD,
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """(ḡ, v̄); see `sgd.sgd_adjoint_`. u_θ must be dense."""
+    """(ḡ, v̄); see `step.sgd_adjoint_`. u_θ must be dense."""
     v_bar = [torch.empty_like(u) for u in u_theta] if u_v is None else list(u_v)
     g_bar = [None if d is None else torch.empty_like(u, dtype=d) for u, d in zip(u_theta, dtypes, strict=True)]
     for group in _groups(u_theta, g_bar):
@@ -223,7 +223,7 @@ def _launch(
     kernel: Any, lists: dict[str, tuple[Tensor, ...]], lr: Tensor, rule: SGD, gradient: Tensor | None, **flags: bool
 ) -> None:
     first = next(iter(lists.values()))
-    programs = _programs(tuple(p.numel() for p in first), first[0].device)
+    programs = program_table(tuple(p.numel() for p in first), first[0].device)
     arguments = {
         **lists,
         **flags,
@@ -237,11 +237,11 @@ def _launch(
         "NESTEROV": rule.nesterov,
         "DTYPE": tl.float64 if first[0].dtype == torch.float64 else tl.float32,
     }
-    launching.launch(kernel, (len(programs),), arguments, programs, WARPS)
+    launch.launch(kernel, (len(programs),), arguments, programs, WARPS)
 
 
 @cache  # for good: CUDA graphs hold the tables' addresses
-def _programs(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+def program_table(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """[grid, 3] int32: parameter, first element, number of elements of the parameter."""
     rows = [(i, first, n) for i, n in enumerate(sizes) for first in range(0, n, BLOCK)]
     return torch.tensor(rows, dtype=torch.int32, device=device)

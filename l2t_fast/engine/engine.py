@@ -18,7 +18,7 @@ from l2t_fast.engine.precision import arithmetic, images, lay_out
 from l2t_fast.engine.second_order import SecondOrder, examine
 from l2t_fast.engine.state import Trained, check_fits
 from l2t_fast.errors import L2TError
-from l2t_fast.kernels.sgd.step import SGD
+from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.generators import Generators, device_drew, generators_kept, host_drew, read_generators
 from l2t_fast.learner.learner import L2T
 

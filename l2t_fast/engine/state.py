@@ -10,7 +10,7 @@ from torch import Tensor
 
 from l2t_fast.engine.inner_step import Theta, parameters
 from l2t_fast.errors import L2TError
-from l2t_fast.kernels.sgd.step import SGD
+from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.learner import L2T
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from l2t_fast.choices import What, Where
 from l2t_fast.errors import L2TError
-from l2t_fast.kernels.matching import aten as torch_impl
 from l2t_fast.kernels.matching import ops
+from l2t_fast.kernels.matching.aten import resize
 from l2t_fast.learner.network import Network, Outputs, Runs
 from l2t_fast.learner.pairs import Pair, PairSpec, resolve_pairs
 from l2t_fast.learner.taps import unwrapped
@@ -195,7 +195,7 @@ class L2T(nn.Module):
         ATen's operators resize in memory: once an iteration is cheaper. Triton's gather from S itself. So do all of
         them for images of another size than the example's.
         """
-        return x.shape[1:] == self.image_shape and ops.implementation(x) is torch_impl
+        return x.shape[1:] == self.image_shape and ops.reads_resized(x)
 
     def matching_sources(self, S: Sequence[Tensor], resized: bool) -> tuple[list[Tensor], list[int]]:
         """(source features for the operators, which of them each pair has), from `source_features`.
@@ -204,7 +204,7 @@ class L2T(nn.Module):
         """
         if not resized:
             return list(S), self.source_of
-        return [torch_impl.resize(S[m], size) for m, size in self._resizes], self._resized_of
+        return [resize(S[m], size) for m, size in self._resizes], self._resized_of
 
     def target_outputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(logits [B, classes], T: a feature [B, C_t, H, W] of each target layer that some pair uses).

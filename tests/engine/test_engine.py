@@ -19,10 +19,10 @@ from l2t_fast import L2T, Engine, L2TError
 from l2t_fast.engine import bilevel
 from l2t_fast.engine import inner_step as inner
 from l2t_fast.kernels.layers import batch_norm
-from l2t_fast.kernels.matching import ops
-from l2t_fast.kernels.matching import triton_launch as triton_impl
+from l2t_fast.kernels.matching import ops, triton_launch
 from l2t_fast.kernels.sgd import step as sgd
-from l2t_fast.kernels.sgd.step import SGD, sgd_step
+from l2t_fast.kernels.sgd.rule import SGD
+from l2t_fast.kernels.sgd.step import sgd_step
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.reference import Reference
@@ -763,9 +763,9 @@ def test_triton_kernels_change_nothing(memory: bilevel.Memory, monkeypatch: pyte
         return engine.meta_gradient(X, Y), everything(engine)
 
     theirs, after = trained()
-    monkeypatch.setattr(ops, "implementation", lambda feature: triton_impl)
-    monkeypatch.setattr(batch_norm, "_fused", lambda x: True)
-    monkeypatch.setattr(sgd, "_fused", lambda tensors: True)
+    monkeypatch.setattr(ops, "implementation", lambda feature: triton_launch)
+    monkeypatch.setattr(batch_norm, "fused", lambda x: True)
+    monkeypatch.setattr(sgd, "fused", lambda tensors: True)
     learner = small_learner()
     S = learner.source_features(X)
     assert not learner.resizes(X)

@@ -15,8 +15,7 @@ from l2t_fast import L2T, Engine, L2TError
 from l2t_fast.engine import compile as functions
 from l2t_fast.engine.modes import Draws, choose_mode
 from l2t_fast.engine.precision import arithmetic
-from l2t_fast.kernels.matching import aten as torch_impl
-from l2t_fast.kernels.matching import ops
+from l2t_fast.kernels.matching import aten, ops
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.reference import Reference
@@ -90,7 +89,7 @@ def test_switches_are_not_read_where_compilers_trace(aot_eager: None, monkeypatc
 
     def reads(feature: torch.Tensor) -> Any:
         assert torch.backends.cuda.matmul.fp32_precision in ("none", "ieee", "tf32")
-        return torch_impl
+        return aten
 
     monkeypatch.setattr(ops, "implementation", reads)
     compiled, eager = small(mode="compile"), small(mode="eager")

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2t_fast.kernels.matching import ops
-from tests.kernels.matching_cases import CASES, flat, random_inputs
+from tests.kernels.shared import CASES, flat, random_inputs
 
 pytestmark = pytest.mark.core
 
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest) -> tuple:
-    """(targets, sources, weights, biases, a, source_of, target_of), float64, random."""
+    """(targets, sources, projections, biases, a, source_of, target_of), float64, random."""
     torch.manual_seed(0)
     targets, sources, *rest = random_inputs(*CASES[request.param])
     for x in flat((targets, *rest[:3])):
@@ -25,10 +25,10 @@ def case(request: pytest.FixtureRequest) -> tuple:
     return (targets, sources, *rest)
 
 
-def plain_distances(targets, sources, weights, biases, source_of, target_of) -> list[Tensor]:
+def plain_distances(targets, sources, projections, biases, source_of, target_of) -> list[Tensor]:
     """E in the plainest PyTorch."""
     E = []
-    for r, bias, m, n in zip(weights, biases, source_of, target_of, strict=True):
+    for r, bias, m, n in zip(projections, biases, source_of, target_of, strict=True):
         S, T = sources[m], targets[n]
         if S.shape[2:] != T.shape[2:]:
             S = F.interpolate(S, size=T.shape[2:], mode="bilinear", align_corners=False)
@@ -36,11 +36,11 @@ def plain_distances(targets, sources, weights, biases, source_of, target_of) -> 
     return E
 
 
-def plain_gradient(targets, sources, weights, biases, a, source_of, target_of) -> tuple[Tensor, ...]:
+def plain_gradient(targets, sources, projections, biases, a, source_of, target_of) -> tuple[Tensor, ...]:
     """(E..., g_T..., g_r..., g_bias...) by autograd, differentiable again."""
-    E = plain_distances(targets, sources, weights, biases, source_of, target_of)
+    E = plain_distances(targets, sources, projections, biases, source_of, target_of)
     loss = sum((a_p * E_p).sum() for a_p, E_p in zip(a, E, strict=True))
-    inputs = [*targets, *weights, *biases]
+    inputs = [*targets, *projections, *biases]
     g = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
     return (*E, *(torch.zeros_like(x) if g_x is None else g_x for x, g_x in zip(inputs, g, strict=True)))
 
@@ -53,9 +53,9 @@ def assert_close(ours, theirs) -> None:
 
 
 def test_distances(case: tuple) -> None:
-    targets, sources, weights, biases, _, *of = case
-    ours = torch.ops.l2t.matching_distances(targets, sources, weights, biases, *of)
-    assert_close(ours, plain_distances(targets, sources, weights, biases, *of))
+    targets, sources, projections, biases, _, *indices = case
+    ours = torch.ops.l2t.matching_distances(targets, sources, projections, biases, *indices)
+    assert_close(ours, plain_distances(targets, sources, projections, biases, *indices))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -70,8 +70,8 @@ def test_gradient(case: tuple, layout: torch.memory_format) -> None:
 
 def test_adjoint(case: tuple) -> None:
     """The registered backward against autograd through the plain gradient."""
-    targets, _, weights, biases, a, *_ = case
-    inputs = [*targets, *weights, *biases, *a]
+    targets, _, projections, biases, a, *_ = case
+    inputs = [*targets, *projections, *biases, *a]
     outputs = [
         (ours, theirs, torch.randn_like(theirs))
         for ours, theirs in zip(flat(torch.ops.l2t.matching_gradient(*case, True)), plain_gradient(*case), strict=True)
@@ -85,28 +85,28 @@ def test_adjoint(case: tuple) -> None:
 
 def test_first_step_needs_only_v_a(case: tuple) -> None:
     """With constant features and projections the adjoint gives v_a alone, the same one."""
-    targets, sources, weights, biases, a, *of = case
-    full = flat(ops.matching_gradient(targets, sources, weights, biases, a, *of, False))
+    targets, sources, projections, biases, a, *indices = case
+    full = flat(ops.matching_gradient(targets, sources, projections, biases, a, *indices, False))
     u = [torch.randn_like(x) for x in full]
     theirs = torch.autograd.grad(full, a, u)
-    constants = [[t.detach() for t in tensors] for tensors in (targets, sources, weights, biases)]
-    ours = torch.autograd.grad(flat(ops.matching_gradient(*constants, a, *of, False)), a, u)
+    constants = [[t.detach() for t in tensors] for tensors in (targets, sources, projections, biases)]
+    ours = torch.autograd.grad(flat(ops.matching_gradient(*constants, a, *indices, False)), a, u)
     assert_close(ours, theirs)
 
 
 def test_gradcheck_and_gradgradcheck(case: tuple) -> None:
-    targets, sources, weights, biases, a, *of = case
-    split = (len(targets), len(weights), len(biases))
+    targets, sources, projections, biases, a, *indices = case
+    split = (len(targets), len(projections), len(biases))
 
     def distances(*x: Tensor) -> tuple[Tensor, ...]:
         T, r, bias = _split(x, split)
-        return tuple(ops.matching_distances(T, sources, r, bias, *of))
+        return tuple(ops.matching_distances(T, sources, r, bias, *indices))
 
     def gradient(*x: Tensor) -> tuple[Tensor, ...]:
         T, r, bias, a_ = _split(x, (*split, len(a)))
-        return flat(ops.matching_gradient(T, sources, r, bias, a_, *of, True))
+        return flat(ops.matching_gradient(T, sources, r, bias, a_, *indices, True))
 
-    primal = (*targets, *weights, *biases)
+    primal = (*targets, *projections, *biases)
     assert torch.autograd.gradcheck(distances, primal)
     assert torch.autograd.gradgradcheck(distances, primal)
     assert torch.autograd.gradcheck(gradient, (*primal, *a))
@@ -119,13 +119,13 @@ def _split(x: tuple[Tensor, ...], lengths: tuple[int, ...]) -> list[list[Tensor]
 
 def test_opcheck(case: tuple) -> None:
     """Schema, fake kernel, autograd registration and AOT dispatch."""
-    targets, sources, weights, biases, _, *of = case
-    torch.library.opcheck(ops.matching_distances, (targets, sources, weights, biases, *of))
+    targets, sources, projections, biases, _, *indices = case
+    torch.library.opcheck(ops.matching_distances, (targets, sources, projections, biases, *indices))
     torch.library.opcheck(ops.matching_gradient, (*case, True))
-    u = [[torch.randn_like(t) for t in tensors] for tensors in (targets, weights, biases)]
+    u = [[torch.randn_like(t) for t in tensors] for tensors in (targets, projections, biases)]
     for primal in (True, False):
         arguments = torch.utils._pytree.tree_map_only(Tensor, torch.Tensor.detach, (*case[:5], *u))
-        torch.library.opcheck(ops.matching_adjoint, (*arguments, *of, primal))
+        torch.library.opcheck(ops.matching_adjoint, (*arguments, *indices, primal))
 
 
 def test_third_order_is_refused(case: tuple) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2t_fast.kernels.sgd import step as sgd
-from l2t_fast.kernels.sgd import triton_kernels as triton_sgd
-from l2t_fast.kernels.sgd.step import SGD
+from l2t_fast.kernels import launch
+from l2t_fast.kernels.sgd import step, triton_kernels
+from l2t_fast.kernels.sgd.rule import SGD
+from l2t_fast.kernels.sgd.step import sgd_adjoint_, sgd_step, sgd_step_
 
 pytestmark = pytest.mark.core
 
@@ -23,12 +24,12 @@ SHAPES = [(3,), (2, 5, 3, 3), (1, 1), (4, 7), (2, 4, 1, 1), (0,)]
 @pytest.fixture(params=["aten", "triton"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Triton with blocks so small that parameters need several, and launches of at most four parameters."""
-    monkeypatch.setattr(sgd, "_fused", lambda tensors: request.param == "triton")
-    monkeypatch.setattr(triton_sgd, "BLOCK", 16)
-    monkeypatch.setattr(triton_sgd, "LIMIT", 4)
-    triton_sgd._programs.cache_clear()
+    monkeypatch.setattr(step, "fused", lambda tensors: request.param == "triton")
+    monkeypatch.setattr(triton_kernels, "BLOCK", 16)
+    monkeypatch.setattr(triton_kernels, "LIMIT", 4)
+    triton_kernels.program_table.cache_clear()
     yield str(request.param)
-    triton_sgd._programs.cache_clear()  # of small blocks
+    triton_kernels.program_table.cache_clear()  # of small blocks
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float64, layout: Any = torch.contiguous_format) -> list[Tensor]:
@@ -58,9 +59,9 @@ def test_the_step_is_that_of_torch(rule: SGD, implementation: str) -> None:
         optimizer.param_groups[0]["lr"] = alpha
         optimizer.step()
         old = [p.clone() for p in (*theta, *v)]
-        new = sgd.sgd_step(theta, v, given, lr(alpha), rule)
+        new = sgd_step(theta, v, given, lr(alpha), rule)
         torch.testing.assert_close([*theta, *v], old, rtol=0, atol=0)
-        sgd.sgd_step_(*in_place, given, lr(alpha), rule)
+        sgd_step_(*in_place, given, lr(alpha), rule)
         theta, v = new
         torch.testing.assert_close(theta, [p.detach() for p in parameters], rtol=1e-14, atol=1e-14)
         torch.testing.assert_close([*in_place[0], *in_place[1]], [*theta, *v], rtol=0, atol=0)
@@ -76,7 +77,7 @@ def test_the_adjoint_is_that_of_autograd(rule: SGD, velocity: bool, implementati
     inputs = [*theta, *v, *(x for x in given if x is not None)]
     cotangents = list(itertools.chain.from_iterable(zip(u_theta, u_v, strict=True)))
     expected = torch.autograd.grad(ends, inputs, cotangents, allow_unused=True, materialize_grads=True)
-    g_bar, v_bar = sgd.sgd_adjoint_(u_theta, u_v if velocity else None, dtypes(given), lr(0.3), rule)
+    g_bar, v_bar = sgd_adjoint_(u_theta, u_v if velocity else None, dtypes(given), lr(0.3), rule)
     assert [x is None for x in g_bar] == [x is None for x in given]
     actual = [*u_theta, *v_bar, *(x for x in g_bar if x is not None)]
     torch.testing.assert_close(actual, list(expected), rtol=1e-13, atol=1e-13)
@@ -97,15 +98,15 @@ def test_gradients_of_lower_precision_and_another_layout(layouts: tuple[Any, Any
     rule = SGD()
     theta, v = tensors(0, torch.float32, layouts[0]), tensors(1, torch.float32, layouts[0])
     g = [x.bfloat16() if k in (1, 3) else x for k, x in enumerate(tensors(2, torch.float32, layouts[1]))]
-    exact = sgd.sgd_step([p.double() for p in theta], [x.double() for x in v], [x.double() for x in g], lr(0.1), rule)
-    new_theta, new_v = sgd.sgd_step(theta, v, g, lr(0.1), rule)
+    exact = sgd_step([p.double() for p in theta], [x.double() for x in v], [x.double() for x in g], lr(0.1), rule)
+    new_theta, new_v = sgd_step(theta, v, g, lr(0.1), rule)
     for results, wanted in zip((new_theta, new_v), exact, strict=True):
         assert all(x.dtype == torch.float32 for x in results)
         torch.testing.assert_close([x.double() for x in results], wanted, rtol=1e-6, atol=1e-6)
     u_theta, u_v = tensors(3, torch.float32, layouts[0]), tensors(4, torch.float32, layouts[0])
     wide = [x.double() for x in u_theta], [x.double() for x in u_v]
-    wanted_bar, _ = sgd.sgd_adjoint_(*wide, dtypes(wide[0]), lr(0.1), rule)
-    g_bar, _ = sgd.sgd_adjoint_(u_theta, u_v, dtypes(g), lr(0.1), rule)
+    wanted_bar, _ = sgd_adjoint_(*wide, dtypes(wide[0]), lr(0.1), rule)
+    g_bar, _ = sgd_adjoint_(u_theta, u_v, dtypes(g), lr(0.1), rule)
     assert [x.dtype for x in g_bar if x is not None] == [x.dtype for x in g]
     for x, y in zip(g_bar, wanted_bar, strict=True):
         assert x is not None
@@ -116,13 +117,11 @@ def test_gradients_of_lower_precision_and_another_layout(layouts: tuple[Any, Any
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """One for up to 96 parameters alike, whatever their sizes."""
     launched: list[int] = []
-    monkeypatch.setattr(
-        triton_sgd, "_launch", lambda kernel, lists, *rest, **flags: launched.append(len(lists["theta"]))
-    )
+    monkeypatch.setattr(launch, "launch", lambda kernel, grid, arguments, *_: launched.append(len(arguments["theta"])))
     theta = [torch.zeros(n) for n in range(1, 98)]
-    triton_sgd.step(theta, theta, theta, lr(0.1), SGD())
+    triton_kernels.step(theta, theta, theta, lr(0.1), SGD())
     assert launched == [96, 1]
     launched.clear()
     mixed = [None if i % 3 == 0 else p.bfloat16() if i % 3 == 1 else p for i, p in enumerate(theta[:90])]
-    triton_sgd.step(theta[:90], theta[:90], mixed, lr(0.1), SGD())
+    triton_kernels.step(theta[:90], theta[:90], mixed, lr(0.1), SGD())
     assert launched == [30, 30, 30]

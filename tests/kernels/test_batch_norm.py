@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2t_fast.kernels.layers import batch_norm
-from l2t_fast.kernels.layers import batch_norm_triton as triton_norm
+from l2t_fast.kernels.layers import batch_norm, batch_norm_triton
 
 pytestmark = pytest.mark.core
 
@@ -38,9 +37,9 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, layout: Any, wide: torch
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small shapes have several of each kind."""
-    monkeypatch.setattr(triton_norm, "ELEMENTS", 64)
-    monkeypatch.setattr(triton_norm, "PROGRAMS", 8)
-    monkeypatch.setattr(triton_norm, "SUMMED", (4, 16))
+    monkeypatch.setattr(batch_norm_triton, "ELEMENTS", 64)
+    monkeypatch.setattr(batch_norm_triton, "PROGRAMS", 8)
+    monkeypatch.setattr(batch_norm_triton, "SUMMED", (4, 16))
 
 
 def poison(tensor: Tensor) -> Tensor:
@@ -52,12 +51,11 @@ def poison(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float64(shape: tuple[int, ...], layout: Any, primal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = problem(shape, torch.float64, layout, torch.float64)
-    monkeypatch.setattr(batch_norm, "_fused", lambda x: False)
-    expected = batch_norm._batch_norm_adjoint(*arguments, (True, primal, primal))
+    expected = batch_norm.adjoint(*arguments, (True, primal, primal))
     like, empty = torch.empty_like, torch.empty
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(like(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    actual = triton_norm.adjoint(*arguments, primal)
+    actual = batch_norm_triton.adjoint(*arguments, primal)
     for name, ours, theirs in zip(NAMES, actual, expected, strict=True):
         assert (ours is None) == (theirs is None), name
         if ours is not None:
@@ -68,21 +66,20 @@ def test_float64(shape: tuple[int, ...], layout: Any, primal: bool, monkeypatch:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cotangents_of_another_layout(layout: Any) -> None:
     arguments = problem((4, 5, 8, 8), torch.float64, layout, torch.float64)
-    expected = triton_norm.adjoint(*arguments, True)
+    expected = batch_norm_triton.adjoint(*arguments, True)
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
     arguments[0], arguments[3] = (arguments[i].contiguous(memory_format=other) for i in (0, 3))
-    for ours, theirs in zip(triton_norm.adjoint(*arguments, True), expected, strict=True):
+    for ours, theirs in zip(batch_norm_triton.adjoint(*arguments, True), expected, strict=True):
         assert torch.equal(ours, theirs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("features", "factor"), [(torch.float32, 1.5), (torch.bfloat16, 2.0)])
-def test_lower_precision(features: torch.dtype, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lower_precision(features: torch.dtype, factor: float) -> None:
     """No worse than ATen in the same precision; the interpreter's bfloat16 cuts where hardware rounds."""
-    monkeypatch.setattr(batch_norm, "_fused", lambda x: False)
     arguments = problem((8, 16, 16, 16), features, torch.channels_last, torch.float32)
-    exact = batch_norm._batch_norm_adjoint(*(t.double() for t in arguments), (True, True, True))
-    aten = batch_norm._batch_norm_adjoint(*arguments, (True, True, True))
-    ours = triton_norm.adjoint(*arguments, True)
+    exact = batch_norm.adjoint(*(t.double() for t in arguments), (True, True, True))
+    aten = batch_norm.adjoint(*arguments, (True, True, True))
+    ours = batch_norm_triton.adjoint(*arguments, True)
     for name, one, other, wanted in zip(NAMES, ours, aten, exact, strict=True):
         assert one is not None
         assert one.dtype == (torch.float32 if name == "v_gamma" else features)
@@ -92,5 +89,5 @@ def test_lower_precision(features: torch.dtype, factor: float, monkeypatch: pyte
 
 def test_the_same_bits_again() -> None:
     arguments = problem((4, 70, 8, 8), torch.float32, torch.channels_last, torch.float32)
-    first, second = (triton_norm.adjoint(*arguments, True) for _ in range(2))
+    first, second = (batch_norm_triton.adjoint(*arguments, True) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))  # type: ignore[arg-type]
