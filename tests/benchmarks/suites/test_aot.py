@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.suites.aot import ASIDE, Row
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GOOD = Row("sm_90", "quick", "bf16", "channels_last", "position gradient", 255, 0, 100_000, 36, 90, 0, 8)
 
 
