@@ -1,26 +1,10 @@
-"""The least that must be moved and computed, and how long that takes at the rates measured on the device.
+"""What the device can do at most, measured: bytes a second of a copy, FLOPs a second of a matrix product."""
 
-matching     every input of an operator read once, every output written once
-a network    every convolution reads its input and weight and writes its output once; everything else
-             (normalisation, activation, pooling, the classifier) costs nothing
-backward     as many FLOPs and bytes as forward for the gradient of the input, and again for that of the weight
-its adjoint  reverse over reverse: two forward passes for the cotangent of the gradient, one more of each backward
-             product for that of input and weight, and then the backward pass of the forward pass
-"""
-
-import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.cases import Case
 from benchmarks.measure.timing import milliseconds
-from benchmarks.rows import Row
-
-Shapes = Sequence[tuple[int, ...]]  # (C, H, W) of each layer
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -28,38 +12,6 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-# Matching, in units of the product r T for all pairs.
-UNITS = {"gradient": 3, "adjoint": 7, "first step": 3, "distances": 1}
-
-
-@dataclass(frozen=True)
-class Work:
-    """Bytes moved and FLOPs, at least."""
-
-    bytes: float = 0.0
-    flops: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.bytes + other.bytes, self.flops + other.flops)
-
-    def __rmul__(self, times: float) -> "Work":
-        return Work(times * self.bytes, times * self.flops)
-
-
-def floor(work: Work, rates: dict[str, float], precision: str, ms: float) -> Row:
-    """What a row says of its floor; `ms` is what was measured."""
-    floors = {"bytes": 1e3 * work.bytes / rates["copy"], "flops": 1e3 * work.flops / rates[precision]}
-    bound = max(floors, key=lambda kind: floors[kind])
-    return {
-        "floor_ms": floors[bound],
-        "floor_bound": bound,
-        "floor_bytes": work.bytes,
-        "floor_flops": work.flops,
-        "floor_fraction": floors[bound] / ms,
-    }
-
-
-# Rates of the device
 
 
 def set_precision(precision: str) -> None:
@@ -68,7 +20,7 @@ def set_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def rates(precisions: Sequence[str], device: torch.device) -> dict[str, float]:
+def device_rates(precisions: Sequence[str], device: torch.device) -> dict[str, float]:
     """FLOPs a second of a large matrix product in each precision, and under "copy" the bytes a second of a copy."""
     measured = {precision: product_rate(precision, device) for precision in precisions}
     set_precision("fp32")
@@ -95,122 +47,3 @@ def product_rate(precision: str, device: torch.device) -> float:
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Of what else a machine does, a rate of the device knows nothing."""
     return min(milliseconds({"": call}, 20, device)[""])
-
-
-# Least work
-
-
-def matching(
-    operator: str, batch: int, sources: Shapes, targets: Shapes, pairs: Sequence[tuple[int, int]], itemsize: int
-) -> Work:
-    """Of a matching operator over `pairs` of (source layer, target layer); a and what has its shape are float32."""
-    features = batch * sum(map(math.prod, targets))
-    projections = sum(sources[m][0] * (targets[n][0] + 1) for m, n in pairs)
-    a = 4 * batch * sum(sources[m][0] for m, _ in pairs)
-    direction = itemsize * (features + projections)
-    inputs = direction + itemsize * batch * sum(map(math.prod, sources))
-    moved = {
-        "distances": inputs + a,
-        "gradient": inputs + a + direction,
-        "first step": inputs + direction + a,
-        "adjoint": inputs + a + direction + direction + a,
-    }[operator]
-    unit = sum(2 * batch * sources[m][0] * math.prod(targets[n]) for m, n in pairs)
-    return Work(moved, UNITS[operator] * unit)
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """The layers of a network that count."""
-
-    forward: Work
-    first: Work  # of the first layer alone: nothing needs the gradient of the images
-
-    @property
-    def step(self) -> Work:
-        """Forward, gradient of the inputs, gradient of the weights."""
-        return 3 * self.forward + -1 * self.first
-
-    @property
-    def first_adjoint(self) -> Work:
-        """Of a step whose θ is a constant: the cotangent of what entered the backward pass."""
-        return 2 * self.forward + -1 * self.first
-
-    @property
-    def adjoint(self) -> Work:
-        return 6 * self.forward + -4 * self.first
-
-
-def network(model: nn.Module, batch: int, size: int, itemsize: int) -> _Passes:
-    """Counted without data."""
-    works: list[Work] = []
-
-    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        moved = inputs[0].numel() + weight.numel() + output.numel()
-        works.append(Work(itemsize * moved, 2 * output.numel() * weight[0].numel()))
-
-    twin = copy.deepcopy(model).to("meta")
-    for layer in twin.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(count)
-    with torch.no_grad():
-        twin(torch.empty(batch, 3, size, size, device="meta"))
-    return _Passes(sum(works, Work()), works[0])
-
-
-class Floors:
-    """Least work of the parts of an iteration of a case; `pairs` (source layer, target layer): all by default."""
-
-    def __init__(self, case: Case, precision: str, pairs: Sequence[tuple[int, int]] | None = None) -> None:
-        itemsize = DTYPES[precision].itemsize
-        sources, target = case.networks(torch.device("cpu"), torch.float32)
-        self._case = case
-        self._target = network(target, case.batch, case.size, itemsize)
-        self.source = case.sources * network(sources[0], case.batch, case.size, itemsize).forward
-        batch, S, T = case.shapes()
-        self._pairs = [(m, n) for m in range(len(S)) for n in range(len(T))] if pairs is None else pairs
-        self._matching = {operator: matching(operator, batch, S, T, self._pairs, itemsize) for operator in UNITS}
-        # Images arrive as bytes and leave normalised.
-        self.input = Work((1 + itemsize) * case.batch * 3 * case.size**2)
-
-    @property
-    def task_step(self) -> Work:
-        """∇ L_org; also L_meta with its gradient."""
-        return self._target.step
-
-    @property
-    def matching_step(self) -> Work:
-        """∇ L_wfm, source features given."""
-        return self._target.step + self._matching["gradient"]
-
-    @property
-    def task_adjoint(self) -> Work:
-        """Of ∇ L_org, to θ."""
-        return self._target.adjoint
-
-    @property
-    def matching_adjoint(self) -> Work:
-        """Of ∇ L_wfm, to θ and a."""
-        return self._target.adjoint + self._matching["adjoint"]
-
-    @property
-    def meta_gradient(self) -> Work:
-        """T matching steps, one on L_org, L_meta, and the adjoints of all; source features given."""
-        T = self._case.inner_steps
-        if T == 0:  # L_meta does not depend on φ
-            return Work()
-        forward = T * self.matching_step + 2 * self.task_step
-        first = self._target.first_adjoint + self._matching["first step"]
-        return forward + self.task_adjoint + (T - 1) * self.matching_adjoint + first
-
-    @property
-    def iteration(self) -> Work:
-        """The source pre-pass, the real step, the meta-gradient."""
-        return self.real_iteration + self.meta_gradient
-
-    @property
-    def real_iteration(self) -> Work:
-        """Of a method without meta-parameters: the real step, and the source pre-pass if there are pairs."""
-        return self.source + self.task_step + self._matching["gradient"] if self._pairs else self.task_step
