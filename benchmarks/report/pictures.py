@@ -77,16 +77,12 @@ def roofline(rows: Sequence[Row]) -> Any:
     for style, precision in zip(("-", "--", "-."), [name for name in rates if name != "copy"], strict=False):
         roof = [min(rates["copy"] * i, rates[precision]) for i in grid]
         axes.plot(grid, roof, style, color="0.3", label=f"roof, {precision}: measured copy and product")
-    kinds = dict.fromkeys(
-        (row["kind"], contender_name(row) if row["kind"] != "operator" else row["by"]) for row in points
-    )
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for row in points:
+        by = row["by"] if row["kind"] == "operator" else contender_name(row)
+        kinds.setdefault((row["kind"], by), []).append(row)
     colours = plt.get_cmap("tab20").colors
-    for i, (kind, by) in enumerate(kinds):
-        mine = [
-            row
-            for row in points
-            if (row["kind"], contender_name(row) if kind != "operator" else row["by"]) == (kind, by)
-        ]
+    for i, ((kind, by), mine) in enumerate(kinds.items()):
         axes.scatter(
             [row["floor_flops"] / row["floor_bytes"] for row in mine],
             [1e3 * row["floor_flops"] / row["ms_median"] for row in mine],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import markdown
-from benchmarks.rows import read
+from benchmarks.rows import RESULTS, read
 from l2t_fast.errors import L2TError
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +21,12 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path.write_text("[]\n")
     with pytest.raises(L2TError, match="no results file"):
         read(path)
+
+
+def test_committed_files_are_read() -> None:
+    files = set(RESULTS.glob("*.jsonl")) - {RESULTS / "aot.jsonl"}  # whose rows are kernels, and nothing else
+    assert files
+    assert all(read(file)[1] for file in files)
 
 
 def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """The report of a results file."""
 
+import shutil
 from pathlib import Path
 
+import pytest
+
 from benchmarks.report import markdown
+from benchmarks.rows import RESULTS
 from tests.shared import RESULT_ROWS, write_rows
 
 
@@ -16,3 +20,9 @@ def test_report_of_a_file(tmp_path: Path) -> None:
     pictures = {path.name for path in written.parent.glob("*.png")}
     assert pictures == {"speedups.png", "roofline.png", "time_against_T.png", "memory_against_T.png"}
     assert all(f"]({picture})" in content for picture in pictures)
+
+
+@pytest.mark.parametrize("committed", sorted(RESULTS.glob("*/report.md")), ids=lambda path: path.parent.name)
+def test_committed_reports_are_made_from_committed_rows(committed: Path, tmp_path: Path) -> None:
+    rows = shutil.copy(committed.parent.with_suffix(".jsonl"), tmp_path)
+    assert markdown.write(Path(rows)).read_text() == committed.read_text()
