@@ -108,7 +108,7 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
     r = [empty(sources[m][0], targets[n][0], 1, 1) for m, n in pairs]
     bias = [empty(sources[m][0]) for m, _ in pairs]
     a = [empty(batch, sources[m][0], dtype=torch.float32) for m, _ in pairs]
-    indices = [m for m, _ in pairs], [n for _, n in pairs]
+    of = [m for m, _ in pairs], [n for _, n in pairs]
     launched: dict[str, Kernel] = {}
 
     def record(
@@ -133,11 +133,11 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
         mock.patch.object(triton_impl, "_precision", return_value=precision),
         mock.patch.object(triton_norm, "_processors", return_value=132),
     ):
-        triton_impl.matching_distances(T, S, r, bias, *indices)
-        triton_impl.matching_gradient(T, S, r, bias, a, *indices, True)
-        triton_impl.matching_gradient(T, S, r, bias, a, *indices, False)
-        triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, True)
-        triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, False)
+        triton_impl.matching_distances(T, S, r, bias, *of)
+        triton_impl.matching_gradient(T, S, r, bias, a, *of, True)
+        triton_impl.matching_gradient(T, S, r, bias, a, *of, False)
+        triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, True)
+        triton_impl.matching_adjoint(T, S, r, bias, a, T, r, bias, *of, False)
         channel = empty(T[0].shape[1], dtype=torch.float32)
         triton_norm.adjoint(T[0], channel, channel, T[0], T[0], *[channel] * 5, True)
         theta = [empty(64, 64, 3, 3, dtype=torch.float32)] * 8
