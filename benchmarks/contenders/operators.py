@@ -209,14 +209,14 @@ def errors(operator: str, outputs: Outputs, exact: Outputs) -> dict[str, float]:
     }
 
 
-def error_ratio(error: dict[str, float], aten: dict[str, float]) -> float:
+def error_ratio(error: dict[str, float], usual: dict[str, float]) -> float:
     """The largest ratio to ATen's error (NaN if any is)."""
-    return torch.tensor([error[name] / aten[name] for name in aten]).max().item()
+    return torch.tensor([error[name] / usual[name] for name in usual]).max().item()
 
 
-def is_correct(precision: str, error: dict[str, float], aten: dict[str, float]) -> bool:
+def is_correct(precision: str, error: dict[str, float], usual: dict[str, float]) -> bool:
     """No further from float64 than ATen in the same precision, or than float32 sums in another order may be."""
-    return error_ratio(error, aten) <= TOLERANCE or (precision == "fp32" and max(error.values()) <= ROUNDING)
+    return error_ratio(error, usual) <= TOLERANCE or (precision == "fp32" and max(error.values()) <= ROUNDING)
 
 
 # Compiling ahead

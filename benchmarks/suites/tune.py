@@ -111,7 +111,7 @@ def trials(
     for case in arguments.cases:
         problem = random_problem(case, precision, device)
         exact = formulas(torch_impl, problem.double(), operator)
-        aten = errors(operator, formulas(torch_impl, problem, operator), exact)
+        usual = errors(operator, formulas(torch_impl, problem, operator), exact)
         contenders = {}
         for i, (row, candidate) in enumerate(zip(rows, candidates, strict=True)):
             if "unavailable" in row:
@@ -122,7 +122,7 @@ def trials(
             except Exception as error:  # one candidate's failure is its row
                 row["unavailable"] = unavailable({}, error)["unavailable"]
                 continue
-            ratio = error_ratio(errors(operator, one.outputs, exact), aten)
+            ratio = error_ratio(errors(operator, one.outputs, exact), usual)
             if ratio <= TOLERANCE:
                 contenders[str(i)] = one
             else:
