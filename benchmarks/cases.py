@@ -1,4 +1,4 @@
-"""The cases: networks, layers and batch of design.md, and how a learner, a reference and a batch are made of them."""
+"""The cases: networks, layers and batch of the paper's experiments, and a learner, a reference and a batch of them."""
 
 import argparse
 import copy
@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.shapes import MatchingShapes
 from l2t_fast import L2T, Engine
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.reference import Reference
 
-State = dict[str, dict[str, Tensor]]  # of the parts of a learner: target, projections, what, where
+MODULES = ("target", "projections", "what", "where")  # of a learner that are trained
+State = dict[str, dict[str, Tensor]]  # of each
 
 WARM_UP_BATCH = 8
-WARM_UP = 12  # iterations after which the meta-gradient is no longer chaotic (design.md, section 6)
+WARM_UP = 12  # iterations after which the meta-gradient is no longer chaotic (CONTRIBUTING.md)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class Case:
         """The state after a few iterations, on small batches, from a fresh start."""
         return _warm_state(replace(self, batch=min(self.batch, WARM_UP_BATCH), inner_steps=1), device)
 
-    def shapes(self) -> tuple[int, list[tuple[int, ...]], list[tuple[int, ...]]]:
-        """(batch, (C, H, W) of each source layer, (C, H, W) of each target layer), as the operators get them."""
+    def shapes(self) -> MatchingShapes:
+        """Of the features, as the operators get them."""
         learner = self.learner(torch.device("cpu"), torch.float32)
         x, _ = replace(self, batch=1).images(0, torch.device("cpu"), torch.float32)
         with torch.no_grad():
@@ -98,15 +100,12 @@ def _warm_state(case: Case, device: torch.device) -> State:
     engine = Engine(learner, lr=0.05, inner_steps=case.inner_steps)
     for seed in range(WARM_UP):
         engine.step(*case.images(1000 + seed, device, torch.float32))
-    return {name: copy.deepcopy(getattr(learner, name).state_dict()) for name in PARTS}
-
-
-PARTS = ("target", "projections", "what", "where")
+    return {name: copy.deepcopy(getattr(learner, name).state_dict()) for name in MODULES}
 
 
 def load(learner: Any, state: State) -> Any:
     """Puts an `L2T` or a `Reference` into `state`."""
-    for name in PARTS:
+    for name in MODULES:
         getattr(learner, name).load_state_dict(state[name])
     return learner
 
@@ -122,14 +121,14 @@ CASES = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that choose cases, for `selected`."""
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose cases, for `chosen_cases`."""
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["tiny", "cifar"], help="default: tiny cifar")
     parser.add_argument("--batch", type=int, help="images in a batch, instead of the case's own")
     parser.add_argument("--rounds", type=int, default=9, help="timed turns of each contender (default 9)")
 
 
-def selected(arguments: argparse.Namespace) -> list[Case]:
+def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     """The cases asked for."""
     found = [CASES[name] for name in arguments.cases]
     return found if arguments.batch is None else [replace(case, batch=arguments.batch) for case in found]

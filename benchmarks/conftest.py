@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.cases import CASES, Case
+from benchmarks.contenders.judge import Judge
 from benchmarks.measure import timing
-from benchmarks.suites.iterations import Judge
 
 CUDA = torch.cuda.is_available()
 

@@ -25,19 +25,16 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
-def parser(description: str | None, add_help: bool = True) -> argparse.ArgumentParser:
-    """With the options that every benchmark has."""
-    style = argparse.RawDescriptionHelpFormatter
-    made = argparse.ArgumentParser(description=description, formatter_class=style, add_help=add_help)
-    made.add_argument(
+def add_row_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that writes rows, for `begin`."""
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
-    made.add_argument("--output", type=Path, help="rows are appended to this file (default: a new one in results/)")
-    made.add_argument("--commit", help="what the file says of the code, where git cannot tell")
-    return made
+    parser.add_argument("--output", type=Path, help="rows are appended to this file (default: a new one in results/)")
+    parser.add_argument("--commit", help="what the file says of the code, where git cannot tell")
 
 
-def device(arguments: argparse.Namespace) -> torch.device:
+def chosen_device(arguments: argparse.Namespace) -> torch.device:
     """The device asked for, made the current one."""
     if arguments.device == "cpu" or (arguments.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -46,14 +43,20 @@ def device(arguments: argparse.Namespace) -> torch.device:
     return chosen
 
 
-def start(benchmark: str, arguments: argparse.Namespace, device: torch.device) -> None:
-    """Makes `arguments.output` a file with a first line, unless another stage of the run has begun it."""
+def begin(benchmark: str, arguments: argparse.Namespace) -> torch.device:
+    """Makes `arguments.output` a file with a first line, unless another stage of the run has begun it.
+
+    Returns:
+        the device to measure on
+    """
+    device = chosen_device(arguments)
     arguments.output = arguments.output or new_path(benchmark, device)
     if not arguments.output.exists():
         here = ("output", "commit", "data_root", "official", "source_weights")  # of this machine, not of the run
         config = {name: value for name, value in vars(arguments).items() if name not in here}
         append(arguments.output, header(device, {"benchmark": benchmark, **config}, arguments.commit))
     say(f"rows go to {arguments.output}")
+    return device
 
 
 def header(device: torch.device, config: Row, revision: str | None = None) -> Row:
@@ -131,7 +134,7 @@ def unavailable(row: Row, reason: BaseException | str) -> Row:
     return {**row, "unavailable": reason}
 
 
-def name_of(row: Row) -> str:
+def contender_name(row: Row) -> str:
     """What a contender is called: "engine graph bf16", "reference"."""
     words = [row["by"]]
     if row["by"] == "engine" and row.get("mode"):

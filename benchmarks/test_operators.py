@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measure import floors
-from benchmarks.suites import operators
-from l2t_fast.kernels.matching import aten as torch_impl
+from benchmarks.contenders import operators
+from benchmarks.measure.capture import ready
+from benchmarks.measure.rates import set_precision
+from l2t_fast.kernels.matching import aten
 
 CUDA = torch.cuda.is_available()
 CASES = ["cifar", "imagenet", "four-source"] if CUDA else ["tiny"]
@@ -25,10 +26,10 @@ def test_operator(
 ) -> None:
     if precision == "tf32" and not CUDA:
         pytest.skip("a CPU has no TF32")
-    floors.set_precision(precision)
+    set_precision(precision)
     problem = operators.random_problem(name, precision, device)
-    exact = operators.formulas(torch_impl, problem.double(), operator)
-    usual = operators.errors(operator, operators.formulas(torch_impl, problem, operator), exact)
-    one = operators.ready(partial(operators.contender, by, problem, operator), device)
+    exact = operators.formulas(aten, problem.double(), operator)
+    usual = operators.errors(operator, operators.formulas(aten, problem, operator), exact)
+    one = ready(partial(operators.contender, by, problem, operator), device)
     assert operators.is_correct(precision, operators.errors(operator, one.outputs, exact), usual)
     timed(one.timed, cold=True)

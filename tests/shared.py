@@ -1,11 +1,15 @@
-"""Small engines in float32 or float64 for the tests of modes, precisions and captures."""
+"""What several test files need: small engines for the tests of modes, precisions and captures; rows of benchmarks."""
 
 import copy
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import CASES
 from l2t_fast import L2T, Engine
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
@@ -76,3 +80,33 @@ def load_as(of: Engine, state: dict[str, Any]) -> None:
     for group in ("theta", "momentum", "buffers", "phi"):
         values[group] = {n: t.to(dtype) if t.is_floating_point() else t for n, t in values[group].items()}
     of.load_state_dict({**values, "adam": of.state_dict()["adam"]})
+
+
+# Benchmarks
+
+SMALL_CASE = replace(CASES["tiny"], batch=4, inner_steps=1)
+
+
+def result_row(T: int, by: str, ms: float, **more: Any) -> dict[str, Any]:
+    row = {"kind": "iteration", "case": "tiny", "batch": 4, "inner_steps": T, "by": by, "mode": "eager"}
+    row |= {"precision": "fp32", "memory": "save", "correct": True, "telemetry": "no NVML: x", "rounds": 3}
+    row |= {"ms_median": ms, "ms_p20": ms, "ms_p80": ms, "peak_bytes": 10**6 * T, "flops": 10**9}
+    row |= {"floor_ms": 1.0, "floor_bound": "flops", "floor_bytes": 1e6, "floor_flops": 1e9, "floor_fraction": 0.1}
+    return row | more
+
+
+TWICE = {"speedup_over_reference": 2.0, "speedup_p20_over_reference": 1.9, "speedup_p80_over_reference": 2.1}
+RESULT_ROWS = [
+    {"kind": "run", "device": "Some GPU", "threads": 2, "torch": "2.11.0", "commit": "abc", "time": "2026"},
+    {"kind": "rates", "rates": {"copy": 3e12, "fp32": 5e13}},
+    result_row(1, "reference", 30.0),
+    result_row(1, "engine", 15.0, **TWICE),
+    result_row(2, "reference", 40.0),
+    result_row(2, "engine", 20.0, **TWICE),
+    {"kind": "iteration", "case": "tiny", "by": "official", "unavailable": "no checkout"},
+]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -34,7 +34,7 @@ _DATASETS = {"vgg9_bn": "cifar100", "resnet18": "cub200"}  # they decide which o
 _CLASSES = ("WeightNetwork", "LossWeightNetwork", "FeatureMatching", "MetaSGD")  # whose instances are noted
 _FOREVER = 10**9  # epochs of its cosine schedule: the learning rate stays where it is
 
-_Batch = tuple[Tensor, Tensor]
+_Labelled = tuple[Tensor, Tensor]
 
 
 class _Stop(BaseException):
@@ -58,7 +58,7 @@ class Official:
         if torch.cuda.is_available() and device.type != "cuda":
             raise L2TError("the official code takes a GPU where there is one: hide it to time the CPU.")
         self._case, self._device = case, device
-        self._batches: Queue[_Batch | None] = Queue()
+        self._batches: Queue[_Labelled | None] = Queue()
         self._answers: Queue[BaseException | None] = Queue()  # one for each batch, and one when all is made
         self._made: dict[str, Any] = {}
         self._networks: list[nn.Module] = []  # source, target
@@ -156,7 +156,7 @@ class Official:
         options.num_classes = self._case.classes
         return [self._training_data(), [], []]
 
-    def _training_data(self) -> Iterator[_Batch]:
+    def _training_data(self) -> Iterator[_Labelled]:
         while True:
             self._answers.put(None)  # ready, or done with the batch before
             batch = self._batches.get()

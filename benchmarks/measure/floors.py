@@ -10,24 +10,17 @@ its adjoint  reverse over reverse: two forward passes for the cotangent of the g
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Case
-from benchmarks.measure.timing import milliseconds
+from benchmarks.measure.rates import DTYPES
 from benchmarks.rows import Row
+from benchmarks.shapes import Features
 
-Shapes = Sequence[tuple[int, ...]]  # (C, H, W) of each layer
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 # Matching, in units of the product r T for all pairs.
 UNITS = {"gradient": 3, "adjoint": 7, "first step": 3, "distances": 1}
 
@@ -59,49 +52,8 @@ def floor(work: Work, rates: dict[str, float], precision: str, ms: float) -> Row
     }
 
 
-# Rates of the device
-
-
-def set_precision(precision: str) -> None:
-    """Of float32 products, those of cuDNN's convolutions included."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-
-
-def rates(precisions: Sequence[str], device: torch.device) -> dict[str, float]:
-    """FLOPs a second of a large matrix product in each precision, and under "copy" the bytes a second of a copy."""
-    measured = {precision: product_rate(precision, device) for precision in precisions}
-    set_precision("fp32")
-    return {**measured, "copy": copy_rate(device)}
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy on the device reads and writes."""
-    x = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
-    y = torch.empty_like(x)
-    y.copy_(x)
-    return 2e3 * x.nbytes / _fastest(lambda: y.copy_(x), device)
-
-
-def product_rate(precision: str, device: torch.device) -> float:
-    """FLOPs a second of a large matrix product."""
-    set_precision(precision)
-    n = 8192 if device.type == "cuda" else 1024
-    x, y = (torch.randn(n, n, device=device).to(DTYPES[precision]) for _ in range(2))
-    x @ y
-    return 2e3 * n**3 / _fastest(lambda: x @ y, device)
-
-
-def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Of what else a machine does, a rate of the device knows nothing."""
-    return min(milliseconds({"": call}, 20, device)[""])
-
-
-# Least work
-
-
 def matching(
-    operator: str, batch: int, sources: Shapes, targets: Shapes, pairs: Sequence[tuple[int, int]], itemsize: int
+    operator: str, batch: int, sources: Features, targets: Features, pairs: Sequence[tuple[int, int]], itemsize: int
 ) -> Work:
     """Of a matching operator over `pairs` of (source layer, target layer); a and what has its shape are float32."""
     features = batch * sum(map(math.prod, targets))

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time, for every architecture with pinned blocks; needs no GPU.
 
-    python -m benchmarks.suites.aot            the shapes of the cases cifar and imagenet; minutes
-    python -m benchmarks.suites.aot --quick    one small case with every kind of layer; what CI runs
+    python -m benchmarks aot            the shapes of the cases cifar and imagenet; minutes
+    python -m benchmarks aot --quick    one small case with every kind of layer; what CI runs
 
 prints a row a kernel and keeps it in `benchmarks/results/aot.jsonl` (`--output`): registers, spills and shared memory
 as the assembler reports them, and the instructions that decide the speed. Ends with an error where a rule is broken:
@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -31,13 +30,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.rows import RESULTS
+from benchmarks.shapes import MATCHING_SHAPES
 from l2t_fast.kernels import launch
 from l2t_fast.kernels.layers import batch_norm_triton
 from l2t_fast.kernels.matching import triton_launch
 from l2t_fast.kernels.sgd import triton_kernels as sgd
 from l2t_fast.kernels.sgd.rule import SGD
-
-RESULTS = Path(__file__).parents[1] / "results" / "aot.jsonl"
 
 # Target, bytes of shared memory that a program may have (CUDA programming guide; CDNA3 ISA), tensor-core instruction.
 ARCHITECTURES = {
@@ -49,22 +48,11 @@ ARCHITECTURES = {
 ASIDE = 32  # bytes that the assembler may put aside for more threads at a time, while it has registers left
 ARITHMETIC = {"bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-RESNET = [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
-# batch, sources (C, H, W), targets (C, H, W); all pairs
-CASES = {
-    "quick": (8, [(64, 28, 28), (256, 7, 7)], [(64, 28, 28), (512, 7, 7)]),
-    "cifar": (
-        128,
-        [(16, 32, 32), (32, 16, 16), (64, 8, 8)],
-        [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)],
-    ),
-    "imagenet": (64, RESNET, RESNET),
-}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)
-class Row:
+class Binary:
     """What became of one kernel. Instructions are counted in the code, not as executed."""
 
     arch: str
@@ -122,7 +110,7 @@ def float32_products(tf32: bool) -> Iterator[None]:
 def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
     """All kernels that the operators launch, each once."""
     dtype = ARITHMETIC[arithmetic]
-    batch, sources, targets = CASES[case]
+    batch, sources, targets = MATCHING_SHAPES[case]
     pairs = list(itertools.product(range(len(sources)), range(len(targets))))
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -194,12 +182,12 @@ def compiled(kernel: Kernel, arch: str) -> Any:
     return triton.compile(source, target=ARCHITECTURES[arch][0], options=kernel.options)
 
 
-def row(arch: str, case: str, arithmetic: str, layout: str, kernel: Kernel) -> Row:
+def binary(arch: str, case: str, arithmetic: str, layout: str, kernel: Kernel) -> Binary:
     """Compiles a kernel and reads its resources and instructions."""
-    binary = compiled(kernel, arch)
+    made = compiled(kernel, arch)
     count = _amd if arch.startswith("gfx") else _nvidia
-    shared, instruction = binary.metadata.shared, ARCHITECTURES[arch][2]
-    return Row(arch, case, arithmetic, layout, kernel.name, shared=shared, **count(binary.asm, instruction))
+    shared, instruction = made.metadata.shared, ARCHITECTURES[arch][2]
+    return Binary(arch, case, arithmetic, layout, kernel.name, shared=shared, **count(made.asm, instruction))
 
 
 def _nvidia(asm: dict[str, Any], instruction: str) -> dict[str, int]:
@@ -236,42 +224,40 @@ def _amd(asm: dict[str, Any], instruction: str) -> dict[str, int]:
     }
 
 
-def rows(job: tuple[str, str, str, str]) -> list[Row]:
-    """All rows of one (arch, case, arithmetic, layout)."""
+def binaries(job: tuple[str, str, str, str]) -> list[Binary]:
+    """All kernels of one (arch, case, arithmetic, layout)."""
     arch, case, arithmetic, layout = job
-    return [row(*job, kernel) for kernel in kernels(case, arithmetic, layout, arch)]
+    return [binary(*job, kernel) for kernel in kernels(case, arithmetic, layout, arch)]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compile all Triton kernels ahead of time and check them.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one small case instead of cifar and imagenet")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument(
         "--output", type=Path, help="where the rows go (default: kept in benchmarks/results, not if quick)"
     )
-    options = parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Whether any kernel breaks a rule."""
     kinds = list(itertools.product(ARITHMETIC, LAYOUTS))
-    cases = ["quick"] if options.quick else ["cifar", "imagenet"]
-    jobs = [(arch, case, *kind) for arch in options.arch for case in cases for kind in kinds]
-    output = options.output or (None if options.quick else RESULTS)
+    cases = ["quick"] if arguments.quick else ["cifar", "imagenet"]
+    jobs = [(arch, case, *kind) for arch in arguments.arch for case in cases for kind in kinds]
+    output = arguments.output or (None if arguments.quick else RESULTS / "aot.jsonl")
     lines, broken = [], 0
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for result in itertools.chain.from_iterable(pool.map(rows, jobs)):
-            rules = result.broken_rules()
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        for found in itertools.chain.from_iterable(pool.map(binaries, jobs)):
+            rules = found.broken_rules()
             broken += bool(rules)
-            lines.append(json.dumps({**asdict(result), "triton": triton.__version__, "torch": torch.__version__}))
+            lines.append(json.dumps({**asdict(found), "triton": triton.__version__, "torch": torch.__version__}))
             print(
-                f"{result.arch:7}{result.case:9}{result.arithmetic:5}{result.layout:14}{result.kernel:32}"
-                f"{result.registers:4} registers {result.spills:4} spilled {result.shared // 1024:4} KiB shared "
-                f"{result.tensor:4} tensor {result.wide:4} wide {result.narrow:4} narrow  {'; '.join(rules)}",
+                f"{found.arch:7}{found.case:9}{found.arithmetic:5}{found.layout:14}{found.kernel:32}"
+                f"{found.registers:4} registers {found.spills:4} spilled {found.shared // 1024:4} KiB shared "
+                f"{found.tensor:4} tensor {found.wide:4} wide {found.narrow:4} narrow  {'; '.join(rules)}",
                 flush=True,
             )
     if output is not None:
         output.write_text("\n".join(lines) + "\n")
     print(f"{len(lines)} kernels, {broken} with a broken rule")
     return broken > 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,10 @@
-"""Where the time of an iteration goes, by family of kernels: `python -m benchmarks.suites.breakdown`.
+"""Where the time of an iteration goes, by family of kernels.
 
 On a GPU by the kernels that ran, with the fraction of wall time that some kernel ran, host synchronisations and
 launches; on a CPU by the operations, where what a registered operator calls belongs to it.
 """
 
+import argparse
 import functools
 import re
 from collections import defaultdict
@@ -15,11 +16,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import cases
-from benchmarks import rows as results
-from benchmarks.cases import Case
-from benchmarks.rows import Row, say, unavailable
-from benchmarks.suites.iterations import CUDA_WARM_UP, MODES, REFERENCE, Way, contender
+from benchmarks.cases import Case, add_case_arguments, chosen_cases
+from benchmarks.contenders.ways import CUDA_WARM_UP, MODES, REFERENCE, Way, contender
+from benchmarks.rows import Row, add_row_arguments, begin, say, unavailable, write
 from l2t_fast.choices import Mode
 
 STEPS = 2  # that are profiled
@@ -45,8 +44,8 @@ def family(name: str) -> str:
 def busy(intervals: Iterable[tuple[float, float]]) -> float:
     """Length of the union."""
     total, end = 0.0, float("-inf")
-    for begin, stop in sorted(intervals):
-        total += max(0.0, stop - max(begin, end))
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return total
 
@@ -111,18 +110,16 @@ def show(row: Row) -> None:
     return say(title, [f"{name} {ms:.1f}" for name, ms in sorted(row["family_ms"].items(), key=lambda kv: -kv[1])])
 
 
-def main() -> None:
-    parser = results.parser(__doc__)
-    cases.add_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_row_arguments(parser)
+    add_case_arguments(parser)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the engine, on a GPU")
-    arguments = parser.parse_args()
-    device = results.device(arguments)
-    results.start("breakdown", arguments, device)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The reference and each mode of the engine."""
+    device = begin("breakdown", arguments)
     modes: list[Mode] = arguments.modes if device.type == "cuda" else ["eager"]
     ways = [REFERENCE, *(Way(mode=mode) for mode in modes)]
-    chosen = cases.selected(arguments)
-    results.write(arguments.output, (breakdown_row(case, way, device) for case in chosen for way in ways), show)
-
-
-if __name__ == "__main__":
-    main()
+    cases = chosen_cases(arguments)
+    write(arguments.output, (breakdown_row(case, way, device) for case in cases for way in ways), show)

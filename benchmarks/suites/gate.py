@@ -9,6 +9,7 @@
 `python -m benchmarks gate --update` measures anew and writes expectations.json, which is read before it is committed.
 """
 
+import argparse
 import copy
 import functools
 import json
@@ -135,11 +136,15 @@ def complaints(measured: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return found
 
 
-def run(update: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--update", action="store_true", help="write expectations.json anew")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Prints what was measured and what became worse; the exit code."""
     measured = measure()
     say(json.dumps(measured, indent=2))
-    if update:
+    if arguments.update:
         EXPECTATIONS.write_text(json.dumps({name: measured[name] for name in ("counts", "time")}, indent=2) + "\n")
         say(f"written to {EXPECTATIONS.name}")
     found = complaints(measured, json.loads(EXPECTATIONS.read_text()))

@@ -1,26 +1,25 @@
-"""Trainings a minute with one, two, ... side by side on one device: `python -m benchmarks.suites.jobs`.
+"""Trainings a minute with one, two, ... side by side on one device.
 
 A table of digits (`l2t-fast table`), all its cells anew for each number of jobs, the CPU threads divided among them;
 the source is trained once, beforehand, and the processes' start counts. Tells `--jobs` what is faster.
 """
 
+import argparse
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmarks import rows as results
-from benchmarks.rows import Row, say
+from benchmarks.rows import Row, add_row_arguments, begin, say, write
 from l2t_fast.runs import table
 from l2t_fast.settings.options import OptimConfig, TableConfig
 
 
-def rows(arguments: Any, device: torch.device) -> Iterator[Row]:
+def job_rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """A row for each number of jobs and round, turn by turn."""
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -66,18 +65,16 @@ def show(row: Row) -> None:
     say(f"{row['jobs']} side by side, {row['threads']} threads each", [f"{row['trainings_per_minute']:.1f} a minute"])
 
 
-def main() -> None:
-    parser = results.parser(__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_row_arguments(parser)
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2], help="numbers to compare (default 1 2)")
     parser.add_argument("--methods", nargs="+", default=["scratch", "fm-one-to-one", "l2t-ww"])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
-    arguments = parser.parse_args()
-    device = results.device(arguments)
-    results.start("side_by_side", arguments, device)
-    results.write(arguments.output, rows(arguments, device), show)
 
 
-if __name__ == "__main__":
-    main()
+def run(arguments: argparse.Namespace) -> None:
+    """One table for each number of jobs."""
+    device = begin("jobs", arguments)
+    write(arguments.output, job_rows(arguments, device), show)

@@ -1,4 +1,4 @@
-"""How much of the meta-gradient is signal, along a training: `python -m benchmarks.suites.sensitivity`.
+"""How much of the meta-gradient is signal, along a training.
 
 At several iterations of L2T-ww, in float64, on batches of the training images:
 
@@ -10,6 +10,7 @@ At several iterations of L2T-ww, in float64, on batches of the training images:
 - share: the part of the real step's gradient that is the matching loss's, |∇L_wfm|/(|∇L_wfm| + |∇L_org|) on the target.
 """
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import rows as results
-from benchmarks.rows import Row, say
+from benchmarks.rows import Row, add_row_arguments, begin, say, write
 from l2t_fast import L2T, Engine
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import load_data
@@ -32,7 +32,7 @@ _NOISE = 1e-6
 _BATCHES = 4  # at which meta-gradients are compared
 
 
-def rows(arguments: Any, device: torch.device) -> Iterator[Row]:
+def sensitivity_rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """A row for each of the iterations asked for."""
     config = DataConfig(arguments.dataset, data_root=arguments.data_root, per_class=arguments.per_class)
     data = load_data(config, arguments.seed)
@@ -106,8 +106,8 @@ def show(row: Row) -> None:
     say(f"iteration {row['iteration']}", [f"{name} {row[name]:.2g}" for name in names])
 
 
-def main() -> None:
-    parser = results.parser(__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_row_arguments(parser)
     parser.add_argument("--dataset", default="fashion-mnist")
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--source-weights", type=Path, required=True, help="a checkpoint of a ResNet32")
@@ -119,11 +119,9 @@ def main() -> None:
     parser.add_argument("--where", default="relu6")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, nargs="+", default=[0, 5, 20, 60])
-    arguments = parser.parse_args()
-    device = results.device(arguments)
-    results.start("sensitivity", arguments, device)
-    results.write(arguments.output, rows(arguments, device), show)
 
 
-if __name__ == "__main__":
-    main()
+def run(arguments: argparse.Namespace) -> None:
+    """One training, looked at now and then."""
+    device = begin("sensitivity", arguments)
+    write(arguments.output, sensitivity_rows(arguments, device), show)

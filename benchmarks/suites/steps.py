@@ -1,4 +1,4 @@
-"""Times the parts of an iteration, each beside the plain way to the same: `python -m benchmarks.suites.steps`.
+"""Times the steps of an iteration, each beside the plain way to the same.
 
     matching step, task step    ∇θ L_wfm and ∇θ L_org, and both with their adjoint (a derivative of <∇, u> to θ)
     source pre-pass             source features, w and λ: once an iteration
@@ -9,6 +9,7 @@ official code; `engine` is l2t_fast; `compiled` is torch.compile of what the eng
 compared with float64.
 """
 
+import argparse
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision import transforms
 
-from benchmarks import cases
-from benchmarks import rows as results
-from benchmarks.cases import Case, State
+from benchmarks.cases import Case, State, add_case_arguments, chosen_cases
+from benchmarks.contenders.judge import CHECK_BATCH, relative_error
 from benchmarks.measure import floors, timing
+from benchmarks.measure.rates import device_rates
 from benchmarks.measure.telemetry import Telemetry
-from benchmarks.rows import Row, say, unavailable
-from benchmarks.suites.iterations import CHECK_BATCH
+from benchmarks.rows import Row, add_row_arguments, append, begin, say, unavailable, write
 from l2t_fast.data.images import MEAN, PAD, STD, TensorSet
 from l2t_fast.engine import inner_step as inner
 from l2t_fast.reference import forward_with_features
@@ -181,7 +181,7 @@ def plain_input(case: Case, device: torch.device, augment: bool, dtype: torch.dt
 
 
 @dataclass(frozen=True)
-class Part:
+class Step:
     """What is timed, and the same on a small batch, which is compared with float64."""
 
     kind: str
@@ -192,8 +192,8 @@ class Part:
     exact: Make
 
 
-def parts(case: Case, device: torch.device, state: State) -> list[Part]:
-    """All parts of an iteration of `case`, which is in `state`."""
+def steps(case: Case, device: torch.device, state: State) -> list[Step]:
+    """All steps of an iteration of `case`, which is in `state`."""
     small = replace(case, batch=min(case.batch, CHECK_BATCH))
     floor = floors.Floors(case, "fp32")
     found = []
@@ -201,7 +201,7 @@ def parts(case: Case, device: torch.device, state: State) -> list[Part]:
     def add(kind: str, name: str, work: floors.Work, ways: dict[str, Callable[[Case, torch.dtype], Call]]) -> None:
         timed = {by: partial(make, case, torch.float32) for by, make in ways.items()}
         checked = {by: partial(make, small, torch.float32) for by, make in ways.items()}
-        found.append(Part(kind, name, work, timed, checked, partial(ways["plain"], small, torch.float64)))
+        found.append(Step(kind, name, work, timed, checked, partial(ways["plain"], small, torch.float64)))
 
     for kind, work, adjoint_work in (
         ("matching step", floor.matching_step, floor.matching_adjoint),
@@ -222,7 +222,7 @@ def parts(case: Case, device: torch.device, state: State) -> list[Part]:
     if case.size <= SMALL:
         plain, engine = partial(plain_input, case, device), partial(engine_input, case, device)
         found.append(
-            Part(
+            Step(
                 "input",
                 "input pipeline",
                 floor.input,
@@ -235,27 +235,21 @@ def parts(case: Case, device: torch.device, state: State) -> list[Part]:
     return found
 
 
-def relative_error(output: Output, exact: Output) -> float:
-    """‖x − exact‖ / ‖exact‖ over all tensors."""
-    difference = sum((x.double() - e).square().sum() for x, e in zip(output, exact, strict=True))
-    return float(difference / sum(e.square().sum() for e in exact)) ** 0.5
-
-
-def part_rows(
-    part: Part, case: Case, rates: dict[str, float], rounds: int, device: torch.device, missing: dict[str, str]
+def step_rows(
+    step: Step, case: Case, rates: dict[str, float], rounds: int, device: torch.device, missing: dict[str, str]
 ) -> Iterator[Row]:
-    """A row for each way to a part; `missing` says why some are not to be had."""
-    exact = part.exact()()
+    """A row for each way to a step; `missing` says why some are not to be had."""
+    exact = step.exact()()
     calls: dict[str, Call] = {}
     rows: dict[str, Row] = {}
-    for by, make in part.timed.items():
-        row: Row = {"kind": part.kind, "part": part.name, "case": case.name, "batch": case.batch, "by": by}
+    for by, make in step.timed.items():
+        row: Row = {"kind": step.kind, "part": step.name, "case": case.name, "batch": case.batch, "by": by}
         row["precision"] = "fp32"
         if by in missing:
             yield unavailable(row, missing[by])
             continue
         try:
-            error = relative_error(part.checked[by]()(), exact)
+            error = relative_error(step.checked[by]()(), exact)
             calls[by] = make()
             calls[by]()
             rows[by] = {**row, "error": error, "correct": error <= TOLERANCE}
@@ -265,7 +259,7 @@ def part_rows(
         times = timing.milliseconds(calls, rounds, device, cold=False)
     for by, row in rows.items():
         row |= timing.summary(times[by])
-        row |= floors.floor(part.floor, rates, "fp32", row["ms_median"]) | telemetry
+        row |= floors.floor(step.floor, rates, "fp32", row["ms_median"]) | telemetry
         if by != "plain" and row["correct"] and rows["plain"]["correct"]:
             found = timing.speedup(times["plain"], times[by]).items()
             row |= {f"{field}_over_plain": value for field, value in found}
@@ -282,21 +276,19 @@ def show(row: Row) -> None:
     return say(title, [*cells, *([] if row["correct"] else ["inexact"])])
 
 
-def main() -> None:
-    parser = results.parser(__doc__)
-    cases.add_arguments(parser)
-    arguments = parser.parse_args()
-    device = results.device(arguments)
-    results.start("parts", arguments, device)
-    rates = floors.rates(("fp32",), device)
-    results.append(arguments.output, {"kind": "rates", "rates": rates})
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_row_arguments(parser)
+    add_case_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """All steps of each case."""
+    device = begin("steps", arguments)
+    rates = device_rates(("fp32",), device)
+    append(arguments.output, {"kind": "rates", "rates": rates})
     slow = "compiled on a GPU only: Inductor takes minutes on a CPU, and gains nothing there"
     missing = {} if device.type == "cuda" else {"compiled": slow}
-    for case in cases.selected(arguments):
-        for part in parts(case, device, case.warm_state(device)):
-            results.write(arguments.output, part_rows(part, case, rates, arguments.rounds, device, missing), show)
+    for case in chosen_cases(arguments):
+        for step in steps(case, device, case.warm_state(device)):
+            write(arguments.output, step_rows(step, case, rates, arguments.rounds, device, missing), show)
             gc.collect()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,11 @@
-"""Whole trainings, data, validation and checkpoints included: `python -m benchmarks.suites.training`.
+"""Whole trainings, data, validation and checkpoints included.
 
 Of each method the images a second of a short run on digits, and with `--data-root` the seconds until the validation
 accuracy on Fashion-MNIST first reaches `--accuracy`. Without `--source-weights` the source network is random there,
 and rows say so: seconds an epoch do not depend on it, the number of epochs does.
 """
 
+import argparse
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import rows as results
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import floors
+from benchmarks.measure.rates import device_rates
 from benchmarks.measure.telemetry import Telemetry
-from benchmarks.rows import Row, say, unavailable
+from benchmarks.rows import Row, add_row_arguments, append, begin, say, unavailable, write
 from l2t_fast import L2T, Engine
 from l2t_fast.choices import Mode
 from l2t_fast.data.options import DataConfig
@@ -120,7 +121,7 @@ def train(
     return row | {"telemetry": seen["telemetry"], "throttled": seen.get("throttled", [])}
 
 
-def training_rows(arguments: Any, device: torch.device, rates: dict[str, float]) -> Iterator[Row]:
+def training_rows(arguments: argparse.Namespace, device: torch.device, rates: dict[str, float]) -> Iterator[Row]:
     """Images a second of each method, then seconds to an accuracy of each."""
     case = CASES["tiny"]
     digits = DataConfig("digits", classes=(5, 6, 7, 8, 9), per_class=20)
@@ -154,8 +155,8 @@ def show(row: Row) -> None:
     return say(title, [*rate, f"{row['seconds']:.1f} s"])
 
 
-def main() -> None:
-    parser = results.parser(__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_row_arguments(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--epochs", type=int, default=2, help="of the run on digits (default 2)")
     parser.add_argument("--data-root", type=Path, help="where Fashion-MNIST is (torchvision's root)")
@@ -164,13 +165,11 @@ def main() -> None:
     parser.add_argument("--accuracy", type=float, default=0.7, help="to reach, a fraction (default 0.7)")
     parser.add_argument("--most-epochs", type=int, default=30, help="after which it is given up (default 30)")
     parser.add_argument("--source-weights", type=Path, help="a checkpoint of the source network")
-    arguments = parser.parse_args()
-    device = results.device(arguments)
-    results.start("training", arguments, device)
-    rates = floors.rates(("fp32",), device)
-    results.append(arguments.output, {"kind": "rates", "rates": rates})
-    results.write(arguments.output, training_rows(arguments, device, rates), show)
 
 
-if __name__ == "__main__":
-    main()
+def run(arguments: argparse.Namespace) -> None:
+    """Each method in turn."""
+    device = begin("training", arguments)
+    rates = device_rates(("fp32",), device)
+    append(arguments.output, {"kind": "rates", "rates": rates})
+    write(arguments.output, training_rows(arguments, device, rates), show)

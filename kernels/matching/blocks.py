@@ -1,7 +1,7 @@
 """Block sizes of the Triton kernels, pinned for each architecture.
 
-They are what the assembler keeps in registers and shared memory (`python -m benchmarks.suites.aot`); no GPU has
-timed them yet. `python -m benchmarks.suites.operators --tune` looks for better ones, on request only: tuning behind a
+They are what the assembler keeps in registers and shared memory (`python -m benchmarks aot`); no GPU has
+timed them yet. `python -m benchmarks tune` looks for better ones, on request only: tuning behind a
 user's back would stall the first step and break graph capture.
 """
 

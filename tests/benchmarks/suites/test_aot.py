@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.suites.aot import ASIDE, Row
+from benchmarks.suites.aot import ASIDE, Binary
 
-ROOT = Path(__file__).parents[2]
-GOOD = Row("sm_90", "quick", "bf16", "channels_last", "position gradient", 255, 0, 100_000, 36, 90, 0, 8)
+ROOT = Path(__file__).parents[3]
+GOOD = Binary("sm_90", "quick", "bf16", "channels_last", "position gradient", 255, 0, 100_000, 36, 90, 0, 8)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -19,7 +19,7 @@ GOOD = Row("sm_90", "quick", "bf16", "channels_last", "position gradient", 255, 
 def test_kernels_compile_ahead_of_time(arch: str) -> None:
     """In a process of its own: here kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.suites.aot", "--quick", "--arch", arch]
+    command = [sys.executable, "-m", "benchmarks", "aot", "--quick", "--arch", arch]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith(" kernels, 0 with a broken rule")

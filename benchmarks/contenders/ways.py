@@ -1,0 +1,128 @@
+"""The ways to run an iteration, each made ready from one state.
+
+reference   the paper in plain PyTorch (l2t_fast/reference.py)
+official    the authors' own code, from a checkout of it
+engine      l2t_fast.Engine in its modes, precisions and ways with memory
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, State
+from benchmarks.contenders import official
+from benchmarks.measure.rates import set_precision
+from l2t_fast import Engine
+from l2t_fast.choices import Memory, Mode, Precision
+
+MODES: tuple[Mode, ...] = ("graph", "eager", "compile")
+CUDA_WARM_UP = 10  # iterations: a graph is captured after the first few
+
+Gradient = dict[str, Tensor]
+Iteration = Callable[[Tensor, Tensor], Any]  # on a batch (x, y)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run an iteration."""
+
+    by: str = "engine"
+    mode: Mode = "eager"
+    precision: Precision = "fp32"
+    memory: Memory = "save"
+
+    def __str__(self) -> str:
+        words = [self.mode] * (self.by == "engine") + [self.precision]
+        return " ".join([self.by, *words, *([] if self.memory == "save" else [self.memory])])
+
+
+REFERENCE = Way("reference")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way, ready to run. `meta_gradient` takes one step from the state of the start and gives what φ got."""
+
+    step: Iteration
+    meta_gradient: Callable[[Tensor, Tensor], Gradient]
+    close: Callable[[], None] = lambda: None  # gives back what it holds
+
+
+def contender(
+    way: Way, case: Case, state: State, device: torch.device, in_float64: bool, checkout: Path | None
+) -> Contender:
+    """Made anew, at `state`, without momentum."""
+    dtype = torch.float64 if in_float64 else torch.float32
+    if way.by == "engine":
+        return _engine(way, case, state, device, dtype)
+    if way.by == "reference":
+        return _reference(way, case, state, device, dtype)
+    theirs = official.Official(checkout, case, state, device, dtype)
+    return Contender(theirs.step, theirs.meta_gradient, theirs.close)
+
+
+def _engine(way: Way, case: Case, state: State, device: torch.device, dtype: torch.dtype) -> Contender:
+    learner = case.learner(device, dtype, state)
+    options: dict[str, Any] = {"mode": way.mode, "precision": way.precision, "memory": way.memory}
+    engine = Engine(learner, inner_steps=case.inner_steps, meta_weight_decay=0.0, **options)
+    start = copy.deepcopy(engine.state_dict())
+    names = [f"{part}.{name}" for part in ("what", "where") for name, _ in getattr(learner, part).named_parameters()]
+
+    warm_up = CUDA_WARM_UP if device.type == "cuda" and way.mode != "eager" else 0
+
+    def meta_gradient(x: Tensor, y: Tensor) -> Gradient:
+        nonlocal warm_up
+        for _ in range(warm_up):  # so that what is checked is what is timed, a replay
+            engine.step(x, y)
+        warm_up = 0
+        engine.load_state_dict(start)
+        engine.step(x, y)
+        moments = engine.state_dict()["adam"]["state"]  # after one step from zero: exp_avg = (1 - 0.9) gradient
+        return {name: moments[i]["exp_avg"] / 0.1 for i, name in enumerate(names)}
+
+    return Contender(engine.step, meta_gradient)
+
+
+def _reference(way: Way, case: Case, state: State, device: torch.device, dtype: torch.dtype) -> Contender:
+    reference = case.reference(device, dtype, state)
+
+    def step(x: Tensor, y: Tensor) -> Any:
+        with pytorch_precision(way.precision, device):
+            return reference.step(x, y)
+
+    def meta_gradient(x: Tensor, y: Tensor) -> Gradient:
+        fresh = case.reference(device, dtype, state)
+        with pytorch_precision(way.precision, device):
+            fresh.step(x, y)
+        return {name: p.grad.clone() for name, p in fresh.phi.items() if p.grad is not None}
+
+    return Contender(step, meta_gradient)
+
+
+@contextmanager
+def pytorch_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """How plain PyTorch computes in a precision: bf16 by autocast."""
+    set_precision(precision)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        set_precision("fp32")
+
+
+def ways_of(device: torch.device, checkout: Path | None, modes: Sequence[Mode]) -> list[Way]:
+    """All ways that the device may have, the most telling first; on a CPU neither low precisions nor graphs."""
+    official_too = [Way("official")] if checkout else []
+    if device.type == "cpu":
+        return [REFERENCE, *official_too, Way(), Way(memory="recompute")]
+    precisions: tuple[Precision, ...] = ("bf16", "tf32", "fp32")
+    ways = [REFERENCE, *official_too, *(Way(mode=mode, precision=p) for mode in modes for p in precisions)]
+    if "eager" in modes:
+        ways += [Way(memory="recompute"), Way("reference", precision="tf32"), Way("reference", precision="bf16")]
+    return ways

@@ -1,0 +1,198 @@
+"""Cells and columns of Markdown tables, and those of each kind of row."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from benchmarks.rows import Row, contender_name
+
+Cell = Callable[[Row], str]
+
+
+class Column(NamedTuple):
+    """Of a Markdown table."""
+
+    title: str
+    cell: Cell
+    rule: str = "---"  # "---:" aligns to the right
+
+
+def table(columns: Sequence[Column], rows: Iterable[Row]) -> str:
+    """A Markdown table; a column that no row has anything for is left out."""
+    lines = [[column.cell(row) for column in columns] for row in rows]
+    kept = [i for i in range(len(columns)) if any(line[i] not in ("–", "") for line in lines)]
+    header, rule = [columns[i].title for i in kept], [columns[i].rule for i in kept]
+    body = [[line[i] for i in kept] for line in lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, rule, *body])
+
+
+# Cells
+
+
+def number(field: str, form: str = ".3g", scale: float = 1.0) -> Cell:
+    """A cell with a number, or with a dash."""
+
+    def cell(row: Row) -> str:
+        value = row.get(field)
+        return "–" if value is None or not math.isfinite(value) else format(scale * value, form)
+
+    return cell
+
+
+def text(field: str) -> Cell:
+    return lambda row: str(row.get(field, "–"))
+
+
+def milliseconds(row: Row) -> str:
+    return f"{row['ms_median']:.4g} ({row['ms_p20']:.4g} – {row['ms_p80']:.4g})"
+
+
+def speedup(over: str) -> Cell:
+    def cell(row: Row) -> str:
+        if f"speedup_over_{over}" not in row:
+            return "–"
+        median, low, high = (row[f"{field}_over_{over}"] for field in ("speedup", "speedup_p20", "speedup_p80"))
+        return f"**{median:.2f}** ({low:.2f} – {high:.2f})"
+
+    return cell
+
+
+def floor(row: Row) -> str:
+    return f"{row['floor_ms']:.3g} ({row['floor_bound']})" if "floor_ms" in row else "–"
+
+
+def memory(row: Row) -> str:
+    return f"{row['peak_bytes'] / 1e6:.0f}" if row.get("peak_bytes") is not None else "–"
+
+
+def title(row: Row) -> str:
+    """What was measured, in words."""
+    fields = ("kind", "case", "precision", "operator", "part", "by", "mode", "memory", "dataset")
+    return " ".join(str(row[name]) for name in fields if row.get(name) not in (None, "save"))
+
+
+def notes(row: Row) -> str:
+    """What a reader must know of a row before trusting it."""
+    found = []
+    if row.get("correct") is False:
+        found.append("**inexact: no speedup**")
+    if row.get("throttled"):
+        found.append(f"**throttled: {', '.join(row['throttled'])}**")
+    return "; ".join(found)
+
+
+# Columns
+
+
+FLOOR = (Column("floor, ms (bound)", floor), Column("of floor", number("floor_fraction", ".0%")))
+STEP = (
+    Column("case", text("case")),
+    Column("batch", text("batch")),
+    Column("part", text("part")),
+    Column("by", text("by")),
+    Column("ms", milliseconds),
+    Column("× plain", speedup("plain")),
+    *FLOOR,
+    Column("", notes),
+)
+
+
+class Section(NamedTuple):
+    """Of the report: a table of the rows of one kind."""
+
+    title: str
+    remark: str
+    columns: tuple[Column, ...]
+
+
+SECTIONS = {
+    "iteration": Section(
+        "Whole iterations",
+        "ms: median (p20 – p80). Speedups: of turns that belong together. Error: of the meta-gradient that the timed "
+        "step took, relative to float64; beside it PyTorch's own in the same precision. A row is exact if its float64 "
+        "error is below 1e-9 and its error at most 1.5 times PyTorch's own or, in float32, below 5e-6.",
+        (
+            Column("case", text("case")),
+            Column("batch", text("batch")),
+            Column("T", text("inner_steps")),
+            Column("by", contender_name),
+            Column("ms", milliseconds),
+            Column("images/s", number("images_per_second", ".4g")),
+            Column("× reference", speedup("reference")),
+            Column("× official", speedup("official")),
+            *FLOOR,
+            Column("GFLOP", number("flops", ".4g", 1e-9)),
+            Column("peak MB", memory),
+            Column("J", number("joules_per_iteration")),
+            Column("images/J", number("images_per_joule")),
+            Column("error", number("error", ".1e")),
+            Column("PyTorch's", number("error_pytorch", ".1e")),
+            Column("error, float64", number("error_float64", ".1e")),
+            Column("", notes),
+        ),
+    ),
+    "meta-gradient": Section(
+        "The meta-gradient alone, by other libraries too",
+        "From a state without momentum; no real step.",
+        (
+            Column("case", text("case")),
+            Column("batch", text("batch")),
+            Column("T", text("inner_steps")),
+            Column("by", contender_name),
+            Column("ms", milliseconds),
+            Column("× reference", speedup("reference")),
+            *FLOOR,
+            Column("error, float64", number("error_float64", ".1e")),
+            Column("", notes),
+        ),
+    ),
+    "operator": Section(
+        "The matching operators",
+        "Behind a check against float64; error: the largest ratio to that of the ATen formulas, exact up to 1.2 or, in "
+        "float32, with an error below 1e-5.",
+        (
+            Column("case", text("case")),
+            Column("precision", text("precision")),
+            Column("operator", text("operator")),
+            Column("by", text("by")),
+            Column("ms", milliseconds),
+            Column("× eager", speedup("eager")),
+            Column("× compiled", speedup("compiled")),
+            *FLOOR,
+            Column("error / ATen's", number("error_over_aten", ".2f")),
+            Column("launches", number("launches", "d")),
+            Column("", notes),
+        ),
+    ),
+    "inner step": Section("Inner steps", "", STEP),
+    "source": Section("The source pre-pass", "", STEP),
+    "input": Section("The input pipeline", "One batch; `plain`: torchvision's transforms, image by image.", STEP),
+    "training": Section(
+        "Whole trainings",
+        "Data, validation and checkpoints included.",
+        (
+            Column("networks", text("case")),
+            Column("data", text("dataset")),
+            Column("method", text("by")),
+            Column("batch", text("batch")),
+            Column("images/s", number("images_per_second", ".4g")),
+            Column("seconds", number("seconds")),
+            *FLOOR,
+            Column("", notes),
+        ),
+    ),
+    "accuracy": Section(
+        "Seconds to an accuracy",
+        "Of the validation images, first reached at the end of an epoch.",
+        (
+            Column("networks", text("case")),
+            Column("data", text("dataset")),
+            Column("method", text("by")),
+            Column("source", text("source")),
+            Column("accuracy", number("accuracy", ".0%")),
+            Column("seconds", number("seconds")),
+            *FLOOR,
+            Column("", notes),
+        ),
+    ),
+}

@@ -1,0 +1,52 @@
+"""The README's numbers, written from a results file."""
+
+import re
+from pathlib import Path
+
+from benchmarks.report.columns import Column, notes, number, speedup, table, text
+from benchmarks.rows import contender_name, read
+from l2t_fast.errors import L2TError
+
+README = Path(__file__).parents[2] / "README.md"
+MARKERS = "<!-- measured: {} -->", "<!-- /measured -->"
+
+
+def readme_block(path: Path) -> str:
+    """What the README says of a results file, its two markers included."""
+    first, rows = read(path)
+    found = [row for row in rows if row["kind"] == "iteration" and "unavailable" not in row]
+    batch = {row["case"]: row["batch"] for row in reversed(found)}  # of each case the first: sweeps come later
+    usual = [row for row in found if row["inner_steps"] == 2 and row["batch"] == batch[row["case"]]]
+    columns = (
+        Column("case", text("case")),
+        Column("batch", text("batch")),
+        Column("by", contender_name),
+        Column("ms an iteration", lambda row: f"{row['ms_median']:.0f}"),
+        Column("× reference", speedup("reference")),
+        Column("× official", speedup("official")),
+        Column("GFLOP", number("flops", ".4g", 1e-9)),
+        Column("J", number("joules_per_iteration")),
+        Column("", notes),
+    )
+    begin, end = MARKERS
+    where = (
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}, commit `{first['commit']}` "
+        f"([rows](benchmarks/results/{path.name}), [report](benchmarks/results/{path.stem}/report.md)):"
+    )
+    return f"{begin.format(path.name)}\n{where}\n\n{table(columns, usual)}{end}"
+
+
+def update_readme(path: Path, readme: Path = README) -> None:
+    """Writes the README's numbers anew, from a results file.
+
+    Raises:
+        L2TError: the README has no place for them.
+    """
+    content = readme.read_text()
+    begin, end = (re.escape(marker).replace(r"\{\}", r"\S*") for marker in MARKERS)
+    changed, count = re.subn(f"{begin}.*?{end}", lambda _: readme_block(path), content, flags=re.DOTALL)
+    if count != 1:
+        raise L2TError(
+            f"{readme} has {count} places for what was measured: it needs one, between {' and '.join(MARKERS)}."
+        )
+    readme.write_text(changed)

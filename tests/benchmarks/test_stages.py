@@ -1,0 +1,15 @@
+"""Stages of `run` and `gpu`."""
+
+import json
+from pathlib import Path
+
+from benchmarks.stages import Stage, carry_out
+
+
+def test_a_stage_out_of_time_is_killed_and_said(tmp_path: Path) -> None:
+    output = tmp_path / "run.jsonl"
+    sleeper = Stage("timeit", ("-n", "1", "-r", "1", "import time; time.sleep(60)"), 1.0, writes=False)
+    failing = Stage("timeit", ("1/0",), 60.0, writes=False)
+    assert not carry_out([sleeper, failing], [], output)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["outcome"] for row in rows] == ["killed after 1 s", "ended with 1"]
