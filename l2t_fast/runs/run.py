@@ -23,17 +23,9 @@ from l2t_fast.networks.architectures import build_model
 from l2t_fast.reports.table import meta_methods, read_column, write_tables
 from l2t_fast.runs import cell as cells
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
-from l2t_fast.settings.options import (
-    OptimConfig,
-    PretrainConfig,
-    SourceConfig,
-    TargetConfig,
-    TrainConfig,
-    check_same,
-    load_config,
-    resolve,
-    save_config,
-)
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.options import OptimConfig, PretrainConfig, SourceConfig, TargetConfig, TrainConfig
+from l2t_fast.settings.stored import check_same, load_config, save_config
 
 
 def run(config: TrainConfig, console: Console, complete: Callable[[TrainConfig], TrainConfig] = resolve) -> Path:

@@ -29,16 +29,9 @@ from l2t_fast.reports.table import Problems, meta_methods, read_column, write_ta
 from l2t_fast.runs import cell as cells
 from l2t_fast.runs import workers
 from l2t_fast.runs.progress import Display, StopSignal
-from l2t_fast.settings.options import (
-    ELSEWHERE,
-    TableConfig,
-    TrainConfig,
-    check_same,
-    columns,
-    load_config,
-    load_table,
-    save_config,
-)
+from l2t_fast.settings.columns import columns
+from l2t_fast.settings.options import TableConfig, TrainConfig
+from l2t_fast.settings.stored import ELSEWHERE, check_same, load_config, load_table, save_config
 
 # What a column that goes on may be given anew, and what the source that columns share does not depend on.
 _ROWS = ("method", "seeds")
