@@ -15,7 +15,7 @@ import torch
 from l2t_fast.cli import main
 from l2t_fast.files import load_checkpoint
 from l2t_fast.settings.options import TrainConfig, load_config, resolve, save_config
-from l2t_fast.training.fit import read_metrics
+from l2t_fast.training.log import read_metrics
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL = ["--target-width", "0.0625", "--source-width", "0.25", "--source-epochs", "1"]

@@ -27,7 +27,8 @@ from l2t_fast.networks.architectures import build_model, checkpoint_classes, def
 from l2t_fast.reports import pictures as plots
 from l2t_fast.reports.inspection import peakedness
 from l2t_fast.settings.options import OptimConfig, TrainConfig
-from l2t_fast.training.fit import Schedule, Watch, fit, read_epochs
+from l2t_fast.training.fit import Schedule, Watch, fit
+from l2t_fast.training.log import read_epochs
 
 _PICTURE_IMAGES = 512  # training images whose channel weights the histogram shows
 
