@@ -17,7 +17,7 @@ from l2t_fast.files import load_checkpoint
 from l2t_fast.settings.defaults import resolve
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.settings.stored import load_config, save_config
-from l2t_fast.training.fit import read_metrics
+from l2t_fast.training.log import read_metrics
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL = ["--target-width", "0.0625", "--source-width", "0.25", "--source-epochs", "1"]

@@ -24,7 +24,7 @@ from l2t_fast.methods import METHODS
 from l2t_fast.reports.inspection_pictures import plot_learned
 from l2t_fast.reports.pictures import Array, ragged
 from l2t_fast.reports.table import mean_std, stat
-from l2t_fast.training.fit import read_metrics
+from l2t_fast.training.log import read_metrics
 
 _TOP = 0.1  # the share of the channels whose weight is told
 _HEADER_OF_CHANNELS = ["effective channels (%)", "weight on the top 10 % of channels (%)"]

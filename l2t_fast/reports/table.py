@@ -24,7 +24,7 @@ from l2t_fast.reports import table_pictures as report_plots
 from l2t_fast.reports.pictures import Rows, plot_curves_of_columns
 from l2t_fast.reports.published import published
 from l2t_fast.settings.options import TrainConfig
-from l2t_fast.training.fit import read_epochs
+from l2t_fast.training.log import read_epochs
 
 _DASH = "–"
 _SAME = 1e-9  # % points below which two numbers are one: what is left of them in floating point

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from l2t_fast import L2T, Engine, L2TError
-from l2t_fast import files as checkpoint_module
 from l2t_fast.data.images import Data, TensorSet
 from l2t_fast.files import load_checkpoint, save_checkpoint
 from l2t_fast.training import fit as trainer_module
-from l2t_fast.training.fit import Interrupted, Schedule, evaluate, fit, read_metrics
+from l2t_fast.training.fit import Interrupted, Schedule, evaluate, fit
+from l2t_fast.training.log import read_metrics
 
 
 class Stop:
@@ -216,7 +216,7 @@ def test_checkpoints_are_whole_or_refused(tmp_path: Path, monkeypatch: pytest.Mo
         file.write(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint_module.torch, "save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, {"value": torch.zeros(3)})
     assert torch.equal(load_checkpoint(path)["value"], torch.ones(3))
