@@ -1,0 +1,64 @@
+"""Where a training stands: what its checkpoint holds, and what may go into one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2t_fast.engine.engine import Engine
+from l2t_fast.errors import L2TError
+from l2t_fast.files import load_checkpoint
+from l2t_fast.training.log import what_is_kept
+
+
+@dataclass
+class State:
+    """Where a training stands: `iteration` counts within the epoch."""
+
+    epoch: int = 0
+    iteration: int = 0
+    best_accuracy: float = -1.0
+    best_epoch: int = -1
+    seconds: float = 0.0
+
+
+def checkpoint_content(engine: Engine, state: State) -> dict[str, Any]:
+    """All that a training needs to go on, bit by bit."""
+    return {"engine": engine.state_dict(), "random": _random_state(), "state": vars(state)}
+
+
+def check_finite(engine: Engine, state: State, last: Path) -> None:
+    """The losses of an iteration are those before its step, so what the last step made is looked at too."""
+    content = engine.state_dict()
+    for name, tensor in [item for group in ("theta", "momentum", "buffers", "phi") for item in content[group].items()]:
+        if not bool(tensor.isfinite().all()):
+            raise L2TError(
+                f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "
+                f"{what_is_kept(last)}; lower the learning rate or beta."
+            )
+
+
+def restore(path: Path, engine: Engine) -> State:
+    content = load_checkpoint(path)
+    try:
+        engine.load_state_dict(content["engine"])
+        _set_random_state(content["random"])
+        return State(**content["state"])
+    except L2TError as error:
+        raise L2TError(f"checkpoint {path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.") from error
+
+
+def _random_state() -> dict[str, Tensor]:
+    """State of the generators that a training draws from (dropout)."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
