@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from l2t_fast.engine.engine import Engine
+from l2t_fast.engine.random import random_states, set_random_states
 from l2t_fast.errors import L2TError
 from l2t_fast.files import load_checkpoint
 from l2t_fast.training.log import what_is_kept
@@ -26,11 +26,14 @@ class State:
 
 def checkpoint_content(engine: Engine, state: State) -> dict[str, Any]:
     """All that a training needs to go on, bit by bit."""
-    return {"engine": engine.state_dict(), "random": _random_state(), "state": vars(state)}
+    return {"engine": engine.state_dict(), "random": random_states(_device(engine)), "state": vars(state)}
 
 
 def check_finite(engine: Engine, state: State, last: Path) -> None:
-    """The losses of an iteration are those before its step, so what the last step made is looked at too."""
+    """Raises L2TError where a parameter, momentum or buffer is not finite, so that it does not get into a checkpoint.
+
+    The losses of an iteration are those before its step: what the last step made, only this sees.
+    """
     content = engine.state_dict()
     for name, tensor in [item for group in ("theta", "momentum", "buffers", "phi") for item in content[group].items()]:
         if not bool(tensor.isfinite().all()):
@@ -41,10 +44,15 @@ def check_finite(engine: Engine, state: State, last: Path) -> None:
 
 
 def restore(path: Path, engine: Engine) -> State:
+    """Puts `engine` and the random generators where the checkpoint at `path` has them.
+
+    Raises:
+        L2TError: the file is damaged, or of another training.
+    """
     content = load_checkpoint(path)
     try:
         engine.load_state_dict(content["engine"])
-        _set_random_state(content["random"])
+        set_random_states(content["random"], _device(engine))
         return State(**content["state"])
     except L2TError as error:
         raise L2TError(f"checkpoint {path}: {error}") from error
@@ -52,13 +60,5 @@ def restore(path: Path, engine: Engine) -> State:
         raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.") from error
 
 
-def _random_state() -> dict[str, Tensor]:
-    """State of the generators that a training draws from (dropout)."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _device(engine: Engine) -> torch.device:
+    return next(engine.learner.parameters()).device
