@@ -34,9 +34,14 @@ def uses_sources(config: TrainConfig) -> bool:
     return any(find_method(name).uses_sources for name in config.method or ())
 
 
+def trains_sources(config: TrainConfig) -> bool:
+    """Whether the sources are needed, and have no weights yet."""
+    return uses_sources(config) and config.source.source_weights is None
+
+
 def source_folders(config: TrainConfig, parent: Path) -> list[Path]:
-    """The folders of the sources that the run trains itself; none where they have weights, or are not needed."""
-    if not uses_sources(config) or config.source.source_weights is not None:
+    """The folders of the sources that the run trains itself; none where it trains none."""
+    if not trains_sources(config):
         return []
     count = len(config.source.source or ())
     return [parent / "source"] if count == 1 else [parent / f"source-{s + 1}" for s in range(count)]

@@ -7,9 +7,9 @@ source/          (source-1/, source-2/, ... of several) the same of a source net
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,12 @@ from l2t_fast.learner.learner import L2T
 from l2t_fast.reports import pictures as plots
 from l2t_fast.reports.inspection import peakedness
 from l2t_fast.runs.build import build_sources, make_engine, make_learner, plain_learner, source_data
+from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.fit import Schedule, fit
 from l2t_fast.training.log import read_epochs
-from l2t_fast.training.watch import Watch
 
 _PICTURE_IMAGES = 512  # training images whose channel weights the histogram shows
-
-
-class Progress(Watch, Protocol):
-    """A watch that also passes on what an engine says."""
-
-    def say(self, text: str) -> None:
-        """A piece of text, as it comes."""
-
-    def done(self, accuracy: float) -> None:
-        """The training is over, with this accuracy on the test set."""
-
-
-MakeWatch = Callable[[str, int, int], Progress]  # (title, epochs, batches of an epoch)
 
 
 def train_source(folder: Path, config: TrainConfig, s: int, device: torch.device, make_watch: MakeWatch) -> None:

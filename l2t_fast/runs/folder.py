@@ -4,23 +4,21 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import torch
-
+from l2t_fast.choices import METHODS
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
-from l2t_fast.methods import METHODS
 from l2t_fast.reports.table import Problems
 from l2t_fast.runs import workers
-from l2t_fast.runs.build import source_folders, uses_sources
+from l2t_fast.runs.build import trains_sources, uses_sources
 from l2t_fast.settings.options import TableConfig, TrainConfig
 from l2t_fast.settings.stored import FREE, check_same, load_config, load_table, save_config
 
 # What a column that goes on may be given anew, and what the source that columns share does not depend on.
 _ROWS = ("method", "seeds")
-_OF_TARGETS = (
+_TARGET_ONLY = (
     "per_class",
     "classes",
     "split",
@@ -56,14 +54,17 @@ def only_command(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_column(folder: Path, config: TrainConfig, device: torch.device) -> None:
-    """A column that is there already, and its source, were made with the same settings and files."""
-    if config.optim.mode == "graph" and device.type != "cuda":
-        raise L2TError(f"--mode graph needs a CUDA device, not {device}: leave it out.")
-    column, of_source = folder / str(config.name), folder / "sources" / config.data.dataset
+def shared_sources(folder: Path, config: TrainConfig) -> Path:
+    """Where the sources are that all columns of a data set share."""
+    return folder / "sources" / config.data.dataset
+
+
+def check_column(folder: Path, config: TrainConfig) -> None:
+    """Raises L2TError where a column or its source is there already, made with other settings or files."""
+    column, source = folder / str(config.name), shared_sources(folder, config)
     for place, what, free in (
         (column, f"column {config.name}", _ROWS),
-        (of_source, f"the source of {config.data.dataset}", (*_ROWS, *_OF_TARGETS)),
+        (source, f"the source of {config.data.dataset}", (*_ROWS, *_TARGET_ONLY)),
     ):
         if (place / "config.json").exists():
             saved = load_config(place / "config.json")
@@ -71,8 +72,8 @@ def check_column(folder: Path, config: TrainConfig, device: torch.device) -> Non
             check_same(ours, saved, saved, what, (*FREE, *free))
     if (column / "inputs.json").exists():
         inputs = json.loads((column / "inputs.json").read_text())
-        for name, print_ in fingerprints(config).items():
-            if inputs.get(name, print_) != print_:
+        for name, digest in fingerprints(config).items():
+            if inputs.get(name, digest) != digest:
                 raise L2TError(
                     f"column {config.name} was made with another --{name}: put that back, or give another --name."
                 )
@@ -82,8 +83,8 @@ def write_settings(folder: Path, config: TrainConfig) -> None:
     """config.json and inputs.json of a column, with all rows that it ever had, and of its source."""
     column = folder / str(config.name)
     places = [column]
-    if source_folders(config, column):
-        places.append(folder / "sources" / config.data.dataset)
+    if trains_sources(config):
+        places.append(shared_sources(folder, config))
     for place in places:
         place.mkdir(parents=True, exist_ok=True)
         path, full = place / "config.json", config
@@ -91,7 +92,7 @@ def write_settings(folder: Path, config: TrainConfig) -> None:
             saved = load_config(path)
             full = dataclasses.replace(
                 config,
-                method=ordered([*(saved.method or ()), *(config.method or ())], list(METHODS)),
+                method=in_order({*(saved.method or ()), *(config.method or ())}),
                 seeds=tuple(sorted({*(saved.seeds or ()), *(config.seeds or ())})),
             )
         save_config(full, path)
@@ -103,12 +104,13 @@ def write_problems(column: Path, config: TrainConfig, found: Problems) -> None:
     """problems.json: those found now, and those of methods that this command does not have."""
     path = column / "problems.json"
     before: Problems = json.loads(path.read_text()) if path.exists() else {}
-    others = {name: of for name, of in before.items() if name not in (config.method or ())}
+    others = {method: why for method, why in before.items() if method not in (config.method or ())}
     save_text(path, json.dumps(others | found, indent=2) + "\n")
 
 
-def ordered(names: Sequence[str], order: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in order if name in names)
+def in_order(methods: Collection[str]) -> tuple[str, ...]:
+    """As the rows of a table stand."""
+    return tuple(name for name in METHODS if name in methods)
 
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:

@@ -1,20 +1,20 @@
 """A source network, trained from scratch as a run of its own."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 from rich.console import Console
 
 from l2t_fast.data.images import load_data
-from l2t_fast.errors import L2TError
 from l2t_fast.files import save_weights
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.runs.cell import cell_weights
-from l2t_fast.runs.run import run
-from l2t_fast.settings.defaults import resolve
+from l2t_fast.runs.run import open_run, train
+from l2t_fast.settings.defaults import check_least, resolve
 from l2t_fast.settings.options import PretrainConfig, SourceConfig, TargetConfig, TrainConfig
-from l2t_fast.settings.stored import load_config
+
+# What `train` calls otherwise.
+_FLAGS = {"target": "network", "target_width": "width", "seeds": "seed"}
 
 
 def pretrain(config: PretrainConfig, console: Console) -> Path:
@@ -25,6 +25,8 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
     Raises:
         As `run`.
     """
+    if config.seed is not None:
+        check_least("seed", config.seed, 0)
     name = config.name or f"pretrain-{config.data.dataset}-{config.network or 'resnet32'}"
     given = TrainConfig(
         name=name,
@@ -44,12 +46,8 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
         filled = resolve(dataclasses.replace(given, target=target, seeds=given.seeds or (0,)))
         return dataclasses.replace(filled, data=given.data, source=SourceConfig())
 
-    try:
-        folder = run(given, console, complete)
-    except L2TError as error:  # of a run that goes on with other settings
-        flags = (("--target-width", "--width"), ("--target", "--network"), ("--seeds", "--seed"))
-        raise L2TError(functools.reduce(lambda text, flag: text.replace(*flag), flags, str(error))) from error
-    made = load_config(folder / "config.json")
+    folder, made = open_run(given, complete, _FLAGS)
+    train(folder, made, console)
     target, (seed,) = made.target, made.seeds or (0,)
     assert target.target is not None
     assert target.target_width is not None

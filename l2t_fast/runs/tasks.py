@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +10,14 @@ import torch
 
 from l2t_fast.data.images import Data, load_data
 from l2t_fast.data.options import DataConfig
-from l2t_fast.methods import find_method
-from l2t_fast.reports.table import Problems
 from l2t_fast.runs.build import build_sources, source_folders
-from l2t_fast.runs.cell import MakeWatch, train_cell, train_source
+from l2t_fast.runs.cell import train_cell, train_source
+from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceTask:
     """A source network to train."""
 
     folder: Path
@@ -40,7 +40,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Training:
+class CellTask:
     """A cell to train."""
 
     folder: Path
@@ -75,21 +75,16 @@ def _data(config: DataConfig, seed: int) -> Data:
     return load_data(config, seed)
 
 
-def list_tasks(
-    folder: Path, runs: dict[str, TrainConfig], problems: dict[str, Problems], device: torch.device
-) -> tuple[list[Source], list[Training]]:
-    """What is to train: sources, one for all columns of a data set, and cells, a seed of all methods at a time."""
-    sources: dict[Path, Source] = {}
-    trainings: list[Training] = []
-    for name, config in runs.items():
-        folders = tuple(source_folders(config, folder / "sources" / config.data.dataset))
-        sources |= {path: Source(path, config, s, device.type) for s, path in enumerate(folders)}
-        trainings += [
-            Training(folder / name / method / f"seed-{seed}", config, method, seed, folders, device.type)
+def column_tasks(
+    folder: Path, sources: Path, config: TrainConfig, methods: Sequence[str], device: torch.device
+) -> tuple[list[SourceTask], list[CellTask]]:
+    """What a column is made of: its sources, in folders under `sources`, then a seed of all methods at a time."""
+    folders = tuple(source_folders(config, sources))
+    return (
+        [SourceTask(path, config, s, device.type) for s, path in enumerate(folders)],
+        [
+            CellTask(folder / method / f"seed-{seed}", config, method, seed, folders, device.type)
             for seed in config.seeds or ()
-            for method in config.method or ()
-            if method not in problems[name]
-        ]
-    # The long ones first, so that none of them is left alone at the end.
-    trainings.sort(key=lambda t: (t.seed, not find_method(t.method).learns_weights))
-    return list(sources.values()), trainings
+            for method in methods
+        ],
+    )

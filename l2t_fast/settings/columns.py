@@ -10,7 +10,7 @@ from l2t_fast.settings.defaults import check_once, resolve
 from l2t_fast.settings.options import TableConfig, TargetConfig, TrainConfig
 
 
-def columns(table: TableConfig) -> dict[str, TrainConfig]:
+def column_configs(table: TableConfig) -> dict[str, TrainConfig]:
     """The columns of a table, each a run of its own, by name: data sets x targets x images per class.
 
     Raises:

@@ -22,7 +22,7 @@ from l2t_fast.files import load_checkpoint
 from l2t_fast.runs import workers
 from l2t_fast.runs.build import source_folders
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
-from l2t_fast.settings.columns import columns
+from l2t_fast.settings.columns import column_configs
 from l2t_fast.settings.options import TableConfig
 from l2t_fast.settings.stored import load_config, load_table, save_config
 from l2t_fast.training.log import read_metrics
@@ -299,13 +299,13 @@ def test_stopping_leaves_the_rest_undone(tmp_path: Path) -> None:
 
 
 def test_columns_have_the_defaults_of_their_data_sets() -> None:
-    found = columns(TableConfig(dataset=("digits", "cifar100", "stanford40"), seeds=(3,)))
+    found = column_configs(TableConfig(dataset=("digits", "cifar100", "stanford40"), seeds=(3,)))
     assert list(found) == ["digits-vgg9_bn-10", "cifar100-vgg9_bn", "stanford40-resnet18"]
     assert [config.optim.batch_size for config in found.values()] == [25, 128, 64]
     assert found["stanford40-resnet18"].optim.meta_lr == 1e-3
     assert all(config.seeds == (3,) for config in found.values())
     with pytest.raises(L2TError, match="each once"):
-        columns(TableConfig(dataset=("digits", "digits")))
+        column_configs(TableConfig(dataset=("digits", "digits")))
     assert source_folders(found["cifar100-vgg9_bn"], Path("x")) == [Path("x/source")]
 
 
@@ -313,7 +313,7 @@ def test_settings_are_kept_with_the_table(tmp_path: Path) -> None:
     config = TableConfig(method=("at", "scratch"), settings=("at.weight=5",), threads=3)
     save_config(config, tmp_path / "table.json")
     assert load_table(tmp_path / "table.json") == config
-    (column,) = columns(config).values()
+    (column,) = column_configs(config).values()
     save_config(column, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == column
     assert column.settings == ("at.weight=5",)
