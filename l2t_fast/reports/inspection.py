@@ -21,8 +21,8 @@ from torch import Tensor
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
 from l2t_fast.methods import METHODS
-from l2t_fast.reports.inspection_pictures import plot_learned
-from l2t_fast.reports.pictures import Array, ragged
+from l2t_fast.reports.pictures.learned import plot_learned
+from l2t_fast.reports.pictures.weights import Array, ragged
 from l2t_fast.reports.table import mean_std, stat
 from l2t_fast.training.log import read_metrics
 

@@ -20,8 +20,8 @@ from scipy import stats
 
 from l2t_fast.files import save_text
 from l2t_fast.methods import find_method
-from l2t_fast.reports import table_pictures as report_plots
-from l2t_fast.reports.pictures import Rows, plot_curves_of_columns
+from l2t_fast.reports.pictures import table as report_plots
+from l2t_fast.reports.pictures.weights import Rows, plot_curves_of_columns
 from l2t_fast.reports.published import published
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.log import read_epochs

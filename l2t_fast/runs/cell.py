@@ -24,8 +24,8 @@ from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import find_method
 from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
-from l2t_fast.reports import pictures as plots
 from l2t_fast.reports.inspection import peakedness
+from l2t_fast.reports.pictures import weights as plots
 from l2t_fast.settings.options import OptimConfig, TrainConfig
 from l2t_fast.training.fit import Schedule, Watch, fit
 from l2t_fast.training.log import read_epochs

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from l2t_fast.reports.pictures import Array, plot_band, save
+from l2t_fast.reports.pictures.weights import Array, plot_band, save
 
 if TYPE_CHECKING:
     from l2t_fast.reports.inspection import Learned
