@@ -41,9 +41,9 @@ def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
 
 def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Train a source network from scratch; its checkpoint is for --source-weights."""
-    from l2t_fast.runs import run as experiment
+    from l2t_fast.runs import pretrain
 
-    experiment.pretrain(config, Console())
+    pretrain.pretrain(config, Console())
 
 
 def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:

@@ -14,7 +14,9 @@ import torch
 
 from l2t_fast.cli import main
 from l2t_fast.files import load_checkpoint
-from l2t_fast.settings.options import TrainConfig, load_config, resolve, save_config
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.options import TrainConfig
+from l2t_fast.settings.stored import load_config, save_config
 from l2t_fast.training.log import read_metrics
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -20,7 +20,8 @@ from torch import Tensor
 from benchmarks import rows as results
 from benchmarks.rows import Row, say
 from l2t_fast import L2T, Engine
-from l2t_fast.data.images import DataConfig, load_data
+from l2t_fast.data.images import load_data
+from l2t_fast.data.options import DataConfig
 from l2t_fast.engine import inner_step as inner
 from l2t_fast.engine.inner_step import Batch
 from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights

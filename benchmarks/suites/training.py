@@ -23,7 +23,8 @@ from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, say, unavailable
 from l2t_fast import L2T, Engine
 from l2t_fast.choices import Mode
-from l2t_fast.data.images import Data, DataConfig, load_data
+from l2t_fast.data.images import Data, load_data
+from l2t_fast.data.options import DataConfig
 from l2t_fast.methods import METHODS, find_method
 from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
 from l2t_fast.training.fit import Interrupted, Schedule, fit

@@ -6,9 +6,10 @@ tracker of the authors' code. Compare them with the paper before quoting one; ta
 
 import dataclasses
 
-from l2t_fast.data.images import DataConfig
+from l2t_fast.data.options import DataConfig
 from l2t_fast.data.readers import DATASETS, LARGE
-from l2t_fast.settings.options import TrainConfig, resolve
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.options import TrainConfig
 
 # Test accuracy in %: (mean, std over three runs) of each method, in the order of _DATASETS.
 _DATASETS = ("cifar100", "stl10", "cub200", "mit67", "stanford40", "stanford-dogs")

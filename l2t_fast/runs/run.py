@@ -15,24 +15,16 @@ from typing import Any
 
 from rich.console import Console
 
-from l2t_fast.data.images import DataConfig, load_data
+from l2t_fast.data.images import load_data
+from l2t_fast.data.options import DataConfig
 from l2t_fast.errors import L2TError
-from l2t_fast.files import save_weights
-from l2t_fast.networks.architectures import build_model
 from l2t_fast.reports.table import meta_methods, read_column, write_tables
-from l2t_fast.runs import cell as cells
+from l2t_fast.runs import build
+from l2t_fast.runs.cell import train_cell, train_source
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
-from l2t_fast.settings.options import (
-    OptimConfig,
-    PretrainConfig,
-    SourceConfig,
-    TargetConfig,
-    TrainConfig,
-    check_same,
-    load_config,
-    resolve,
-    save_config,
-)
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.options import OptimConfig, TrainConfig
+from l2t_fast.settings.stored import check_same, load_config, save_config
 
 
 def run(config: TrainConfig, console: Console, complete: Callable[[TrainConfig], TrainConfig] = resolve) -> Path:
@@ -48,15 +40,15 @@ def run(config: TrainConfig, console: Console, complete: Callable[[TrainConfig],
     seeds, methods = config.seeds or (), config.method or ()
     # Everything that can be wrong with the settings is found before the folder is made.
     data = load_data(config.data, seeds[0])
-    device = cells.find_device(config.device)
-    sources = cells.build_sources(config)
-    folders = cells.source_folders(config, folder)
+    device = build.find_device(config.device)
+    sources = build.build_sources(config)
+    folders = build.source_folders(config, folder)
     if folders:
-        cells.source_data(config)
+        build.source_data(config)
     for name in methods:
-        _, learner, start = cells.make_learner(config, name, seeds[0], sources, data, device)
-        cells.check_data(cells.make_engine(config, learner, 0, lambda text: None), config, data)
-        line = cells.describe(config, name, data, learner, start)
+        _, learner, start = build.make_learner(config, name, seeds[0], sources, data, device)
+        build.check_data(build.make_engine(config, learner, 0, lambda text: None), config, data)
+        line = build.describe(config, name, data, learner, start)
         console.print(f"{line}; {device}", highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.json")
@@ -66,69 +58,19 @@ def run(config: TrainConfig, console: Console, complete: Callable[[TrainConfig],
         make_watch = functools.partial(TrainingWatch, display, stop)
         for s, of_source in enumerate(folders):
             if not (of_source / "source.pt").exists():
-                cells.train_source(of_source, config, s, device, make_watch)
-        sources = cells.build_sources(config, folders)
+                train_source(of_source, config, s, device, make_watch)
+        sources = build.build_sources(config, folders)
         for seed in seeds:
             data = load_data(config.data, seed)
             for name in methods:
                 cell = folder / name / f"seed-{seed}"
                 if not (cell / "result.json").exists():
-                    cells.train_cell(cell, config, name, seed, sources, data, device, make_watch)
+                    train_cell(cell, config, name, seed, sources, data, device, make_watch)
     found = read_column(folder, config, {})
     for table in write_tables(folder, found.title, [found], methods, meta_methods(methods)):
         console.print(table)
     console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True)
     return folder
-
-
-def pretrain(config: PretrainConfig, console: Console) -> Path:
-    """Trains a network from scratch and returns the checkpoint to give as --source-weights.
-
-    It holds the weights that were best by validation, or the last ones without validation images.
-
-    Raises:
-        As `run`.
-    """
-    name = config.name or f"pretrain-{config.data.dataset}-{config.network or 'resnet32'}"
-    given = TrainConfig(
-        name=name,
-        runs=config.runs,
-        resume=config.resume,
-        method=("scratch",),
-        seeds=None if config.seed is None else (config.seed,),
-        device=config.device,
-        data=config.data,
-        target=TargetConfig(config.network, config.width),
-        optim=config.optim,
-    )
-
-    def complete(given: TrainConfig) -> TrainConfig:
-        # A source sees all classes and images that it is given: the limits by default are those of targets.
-        target = TargetConfig(config.network or "resnet32", config.width or 1.0)
-        filled = resolve(dataclasses.replace(given, target=target, seeds=given.seeds or (0,)))
-        return dataclasses.replace(filled, data=given.data, source=SourceConfig())
-
-    try:
-        folder = run(given, console, complete)
-    except L2TError as error:  # of a run that goes on with other settings
-        flags = (("--target-width", "--width"), ("--target", "--network"), ("--seeds", "--seed"))
-        raise L2TError(functools.reduce(lambda text, flag: text.replace(*flag), flags, str(error))) from error
-    made = load_config(folder / "config.json")
-    target, (seed,) = made.target, made.seeds or (0,)
-    assert target.target is not None
-    assert target.target_width is not None
-    classes = load_data(made.data, seed).num_classes
-    network = build_model(target.target, classes, target.target_width)
-    network.load_state_dict(cells.cell_weights(folder / "scratch" / f"seed-{seed}"))
-    path = folder / "source.pt"
-    save_weights(path, network, classes)
-    console.print(
-        f"the checkpoint is [bold]{path}[/]: --source {target.target} --source-weights {path}"
-        + (f" --source-width {target.target_width:g}" if target.target_width != 1 else ""),
-        highlight=False,
-        soft_wrap=True,
-    )
-    return path
 
 
 def _open(config: TrainConfig, complete: Callable[[TrainConfig], TrainConfig]) -> tuple[Path, TrainConfig]:

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets, transforms
 
-from l2t_fast.data.images import MEAN, STD, Data, DataConfig, FolderSet, ImageSet, TensorSet, load_data
+from l2t_fast.data.images import MEAN, STD, Data, FolderSet, ImageSet, TensorSet, load_data
+from l2t_fast.data.options import DataConfig
 from l2t_fast.errors import L2TError
 
 SHARED = Path(__file__).parents[3] / "shared"

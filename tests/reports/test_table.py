@@ -11,10 +11,11 @@ import pytest
 from matplotlib import image
 from rich.console import Console
 
-from l2t_fast.data.images import DataConfig
+from l2t_fast.data.options import DataConfig
 from l2t_fast.reports.published import published
 from l2t_fast.reports.table import Cell, Column, Stat, compare, stat, summarize, sweep_groups, write_tables
-from l2t_fast.settings.options import OptimConfig, SourceConfig, TargetConfig, TrainConfig, resolve
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.options import OptimConfig, SourceConfig, TargetConfig, TrainConfig
 
 METHODS = ["scratch", "fm-single", "l2t-ww"]
 META = {"l2t-ww"}

@@ -19,10 +19,12 @@ import torch
 from l2t_fast.cli import main
 from l2t_fast.errors import L2TError
 from l2t_fast.files import load_checkpoint
-from l2t_fast.runs import cell as cells
 from l2t_fast.runs import workers
+from l2t_fast.runs.build import source_folders
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
-from l2t_fast.settings.options import TableConfig, columns, load_config, load_table, save_config
+from l2t_fast.settings.columns import columns
+from l2t_fast.settings.options import TableConfig
+from l2t_fast.settings.stored import load_config, load_table, save_config
 from l2t_fast.training.fit import Interrupted
 from l2t_fast.training.log import read_metrics
 
@@ -305,7 +307,7 @@ def test_columns_have_the_defaults_of_their_data_sets() -> None:
     assert all(config.seeds == (3,) for config in found.values())
     with pytest.raises(L2TError, match="each once"):
         columns(TableConfig(dataset=("digits", "digits")))
-    assert cells.source_folders(found["cifar100-vgg9_bn"], Path("x")) == [Path("x/source")]
+    assert source_folders(found["cifar100-vgg9_bn"], Path("x")) == [Path("x/source")]
 
 
 def test_settings_are_kept_with_the_table(tmp_path: Path) -> None:

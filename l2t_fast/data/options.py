@@ -1,0 +1,37 @@
+"""What can be asked of the images; torch is not needed to ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where data sets lie, and how they are divided."""
+
+    data_root: Path = Path("data")
+    """where the data set lies"""
+    download: bool = False
+    """fetch it there first if it is missing (those of 32 x 32)"""
+    classes: tuple[int, ...] | None = None
+    """keep only these classes, relabelled 0, 1, ... in this order"""
+    val_fraction: float = 0.1
+    """fraction of each class's training images held out for validation"""
+    split: str | None = None
+    """PREFIX of the authors' files PREFIX-train, PREFIX-val, PREFIX-test, torch-saved (classes, indices) into the
+    training set (train, val) and the test set (test); they replace --classes and --val-fraction"""
+    workers: int = 2
+    """processes that read images (those of 224 x 224)"""
+
+
+@dataclass(frozen=True)
+class DataConfig(DataOptions):
+    """Which data, and which part of them."""
+
+    dataset: str = "digits"
+    """of 32 x 32: digits, fashion-mnist, cifar10, cifar100, stl10, tinyimagenet; of 224 x 224: cub200, mit67,
+    stanford40, stanford-dogs, and folder (any ImageFolder: DATA_ROOT/train/CLASS/IMAGE, and the same under
+    DATA_ROOT/test or DATA_ROOT/val)"""
+    per_class: int | None = None
+    """limited data: so many labelled training images of each class, and at most as many for validation"""
