@@ -1,33 +1,19 @@
-"""What was learned in a run: which pairs were chosen (λ), and how peaked the weights of the channels are (w).
-
-Reads the metrics.jsonl and learned.json of every training with meta-parameters; writes inspect.md and pictures.
-"""
+"""What a training with meta-parameters has learned, λ and w of each pair, as metrics.jsonl and learned.json tell it."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from scipy import stats
-from torch import Tensor
 
+from l2t_fast.choices import METHODS
 from l2t_fast.errors import L2TError
-from l2t_fast.files import save_text
-from l2t_fast.methods import METHODS
-from l2t_fast.reports.pictures.learned import plot_learned
-from l2t_fast.reports.pictures.weights import Array, ragged
-from l2t_fast.reports.table import mean_std, stat
+from l2t_fast.reports.arrays import Array, ragged
 from l2t_fast.training.log import read_metrics
 
-_TOP = 0.1  # the share of the channels whose weight is told
-_HEADER_OF_CHANNELS = ["effective channels (%)", "weight on the top 10 % of channels (%)"]
+TOP = 0.1  # the share of the channels whose weight is told
 
 
 @dataclass(frozen=True)
@@ -52,60 +38,7 @@ class Learned:
     under_way: dict[int, int]  # of a seed that has not ended: its epochs so far
 
 
-def inspect(folder: Path, console: Console) -> Path:
-    """Prints what the run in `folder` learned; returns folder/inspect.md, which says the same and shows the pictures.
-
-    Args:
-        folder: of a training run (METHOD/seed-K/) or of a table (COLUMN/METHOD/seed-K/). The picture of a method,
-            inspect_METHOD.png, is put beside the folder of the method.
-
-    Raises:
-        L2TError: `folder` is no run, nothing in it has meta-parameters, or one of its files is damaged.
-    """
-    found = read_learned(folder)
-    parts = [f"# What {folder.resolve().name} learned"]
-    for learned in found:
-        title = ", ".join(filter(None, (learned.column, learned.method)))
-        header, lines, remarks = table_header(learned), table_lines(learned), sentences(learned)
-        if len(header) == 1:  # λ is fixed, and w is known at the end only
-            parts += [f"## {title}", " ".join(remarks)]
-            console.print(f"{title}: {' '.join(remarks)}", highlight=False, soft_wrap=True, markup=False)
-            continue
-        picture = Path(learned.column) / f"inspect_{learned.method}.png"
-        plot_learned(folder / picture, learned, title)
-        parts += [
-            f"## {title}",
-            _markdown_table(header, lines),
-            " ".join(remarks),
-            f"![{title}](<{picture.as_posix()}>)",
-        ]
-        table = Table(title=Text(title), title_justify="left", caption=" ".join(remarks), caption_justify="left")
-        for j, name in enumerate(header):
-            table.add_column(Text(name), justify="left" if j == 0 else "right")
-        for line in lines:
-            table.add_row(*map(Text, line))
-        console.print(table)
-    path = folder / "inspect.md"
-    save_text(path, "\n\n".join(parts) + "\n")
-    console.print(f"{path} has the same with pictures", highlight=False, soft_wrap=True, markup=False)
-    return path
-
-
-def peakedness(w: Tensor) -> dict[str, Any]:
-    """How peaked channel weights w [N, C_s] are, each row with sum 1: the "channels" entry of learned.json.
-
-    "channels": C_s. "effective": exp(mean entropy) / C_s, the share of the channels that would have the mean entropy
-    of the N rows if their weights were equal: 1 is uniform, 1/C_s a single channel. "profile": C_s * w in falling
-    order within each row, mean over the rows, C_s numbers with mean 1.
-    """
-    w = w.detach().double().cpu()
-    channels = w.shape[1]
-    entropy = torch.special.entr(w).sum(1).mean()
-    profile = w.sort(1, descending=True).values.mean(0) * channels
-    return {"channels": channels, "effective": entropy.exp().item() / channels, "profile": profile.tolist()}
-
-
-def top_weight(profile: Sequence[float], share: float = _TOP) -> float:
+def top_weight(profile: Sequence[float], share: float = TOP) -> float:
     """The part of the weight on the first `share` of the channels, linear within a channel, so that uniform is `share`.
 
     profile: C_s * w in falling order.
@@ -206,93 +139,3 @@ def _read_cell(cell: Path) -> tuple[list[dict[str, Any]], Mapping[str, Any] | No
         raise L2TError(f"{content} is not what a training writes: train that part anew.")
     epochs = [row for row in rows if "iteration" not in row and "pair_weights" in row and "meta_loss" in row]
     return epochs, learned, (cell / "result.json").exists()
-
-
-def table_header(learned: Learned) -> list[str]:
-    """The columns of the table: those that the method has something to say about."""
-    header = ["pair"]
-    if learned.final is not None:
-        header += ["λ", "change since epoch 1"]
-    if learned.effective is not None:
-        header += _HEADER_OF_CHANNELS
-    return header
-
-
-def table_lines(learned: Learned) -> list[list[str]]:
-    """A line a pair, mean ± std over the seeds, by falling λ."""
-    order = np.arange(len(learned.names))
-    if learned.final is not None:
-        order = np.argsort(-learned.final.mean(0), kind="stable")
-    lines = []
-    for p in order:
-        line = [learned.names[p]]
-        if learned.final is not None and learned.history is not None:
-            line += [_told(learned.final[:, p]), _signed(_changes(learned.history[:, :, p]))]
-        if learned.effective is not None and learned.top is not None:
-            line += [_told(100 * learned.effective[:, p], 1), _told(100 * learned.top[:, p], 1)]
-        lines.append(line)
-    return lines
-
-
-def _changes(history: Array) -> Array:
-    """Last epoch − first epoch of each seed; history: [seeds, epochs]."""
-    return np.array([row[~np.isnan(row)][-1] - row[0] for row in history])
-
-
-def _told(values: Array, digits: int = 2) -> str:
-    return mean_std(stat([float(value) for value in values if not np.isnan(value)]), digits)
-
-
-def _signed(values: Array) -> str:
-    text = _told(values)
-    return text.replace("-", "−") if values.mean() < 0 else f"+{text}"
-
-
-def sentences(learned: Learned) -> list[str]:
-    """What the numbers say: who has most of Σλ, whether the seeds agree, how many channels count."""
-    said = []
-    if learned.final is not None:
-        mean = learned.final.mean(0)
-        best = np.argsort(-mean, kind="stable")[: 3 if len(mean) > 3 else 1]
-        if mean.sum() <= 0:
-            said.append("λ is zero for every pair: nothing is transferred.")
-        else:
-            share = mean[best].sum() / mean.sum()
-            names = ", ".join(learned.names[p] for p in best)
-            off = int((mean == 0).sum())
-            said.append(
-                f"The top {len(best)} of {len(mean)} pairs ({names}) have {share:.0%} of Σλ; equal weights would give "
-                f"them {len(best) / len(mean):.0%}{f'; λ is 0 for {off} of all' if off else ''}."
-            )
-        said.append(_agreement(learned.final))
-    else:
-        said.append("λ is fixed.")
-    if learned.effective is not None and learned.top is not None:
-        said.append(
-            f"By the entropy of w, {np.nanmean(learned.effective):.0%} of the channels are effective (uniform: 100%; "
-            f"the most peaked pair: {np.nanmin(np.nanmean(learned.effective, 0)):.0%}), and the top {_TOP:.0%} of the "
-            f"channels hold {np.nanmean(learned.top):.0%} of the weight."
-        )
-    for seed, epochs in learned.under_way.items():
-        said.append(f"Seed {seed} has not ended: {epochs} epoch{'s' * (epochs != 1)} so far.")
-    return said
-
-
-def _agreement(final: Array) -> str:
-    """Rank correlation of λ between the seeds; final: [seeds, P]."""
-    if len(final) < 2:
-        return "One seed says nothing about whether seeds agree."
-    if final.shape[1] < 3 or any(np.ptp(row) == 0 for row in final):
-        return "The pairs have no ranking that seeds could agree on."
-    rho = [float(stats.spearmanr(a, b).statistic) for a, b in combinations(final, 2)]
-    word = "agree" if min(rho) > 0.7 else "disagree" if np.mean(rho) < 0.3 else "agree in part"
-    spread = f", from {min(rho):.2f} to {max(rho):.2f}" if len(rho) > 1 else ""
-    return (
-        f"The {len(final)} seeds {word} on the ranking of the pairs: Spearman's ρ of λ between two seeds is "
-        f"{np.mean(rho):.2f}{' on average' * (len(rho) > 1)}{spread}."
-    ).replace("-", "−")
-
-
-def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])

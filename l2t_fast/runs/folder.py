@@ -12,7 +12,7 @@ import torch
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
 from l2t_fast.methods import METHODS
-from l2t_fast.reports.table import Problems
+from l2t_fast.reports.column import Problems
 from l2t_fast.runs import workers
 from l2t_fast.runs.build import source_folders, uses_sources
 from l2t_fast.settings.options import TableConfig, TrainConfig

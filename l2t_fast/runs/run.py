@@ -18,7 +18,8 @@ from rich.console import Console
 from l2t_fast.data.images import load_data
 from l2t_fast.data.options import DataConfig
 from l2t_fast.errors import L2TError
-from l2t_fast.reports.table import meta_methods, read_column, write_tables
+from l2t_fast.reports.column import read_column
+from l2t_fast.reports.table import write_tables
 from l2t_fast.runs import build
 from l2t_fast.runs.cell import train_cell, train_source
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
@@ -67,7 +68,7 @@ def run(config: TrainConfig, console: Console, complete: Callable[[TrainConfig],
                 if not (cell / "result.json").exists():
                     train_cell(cell, config, name, seed, sources, data, device, make_watch)
     found = read_column(folder, config, {})
-    for table in write_tables(folder, found.title, [found], methods, meta_methods(methods)):
+    for table in write_tables(folder, found.title, [found], methods):
         console.print(table)
     console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True)
     return folder

@@ -19,7 +19,8 @@ from rich.console import Console
 from l2t_fast.data.images import load_data
 from l2t_fast.errors import L2TError, UnfitError
 from l2t_fast.methods import METHODS
-from l2t_fast.reports.table import Problems, meta_methods, read_column, write_tables
+from l2t_fast.reports.column import Problems, read_column
+from l2t_fast.reports.table import write_tables
 from l2t_fast.runs import build, workers
 from l2t_fast.runs.folder import check_column, only_command, open_table, ordered, write_problems, write_settings
 from l2t_fast.runs.progress import Display, StopSignal
@@ -115,6 +116,6 @@ def _report(folder: Path, console: Console) -> None:
         for of in runs
     ]
     title = found[0].title if len(found) == 1 else f"{folder.name}: accuracy on the test set (%)"
-    for table in write_tables(folder, title, found, methods, meta_methods(methods)):
+    for table in write_tables(folder, title, found, methods):
         console.print(table)
     console.print(f"table, numbers and pictures are in {folder}", highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import torch
 from l2t_fast.data.images import Data, load_data
 from l2t_fast.data.options import DataConfig
 from l2t_fast.methods import find_method
-from l2t_fast.reports.table import Problems
+from l2t_fast.reports.column import Problems
 from l2t_fast.runs.build import build_sources, source_folders
 from l2t_fast.runs.cell import MakeWatch, train_cell, train_source
 from l2t_fast.settings.options import TrainConfig
