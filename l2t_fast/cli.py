@@ -9,9 +9,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
-from l2t_fast.training.fit import Interrupted
 
 # The commands import what they run after the arguments are read, so that --help answers at once.
 

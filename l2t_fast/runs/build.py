@@ -15,7 +15,7 @@ from l2t_fast.errors import L2TError
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import find_method
 from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
-from l2t_fast.settings.options import OptimConfig, TrainConfig
+from l2t_fast.settings.options import EngineOptions, TrainConfig
 
 
 def find_device(wanted: str) -> torch.device:
@@ -135,9 +135,7 @@ def plain_learner(network: nn.Module, data: Data, device: torch.device) -> L2T:
 
 def make_engine(config: TrainConfig, learner: L2T, iterations: int, say: Say) -> Engine:
     """The engine that the settings ask for."""
-    elsewhere = ("epochs", "batch_size", "where")
-    names = [f.name for f in dataclasses.fields(OptimConfig) if f.name not in elsewhere]
-    options = {name: getattr(config.optim, name) for name in names}
+    options = {f.name: getattr(config.optim, f.name) for f in dataclasses.fields(EngineOptions)}
     return Engine(learner, **options, iterations=iterations, say=say)
 
 

@@ -16,7 +16,7 @@ from l2t_fast.reports.column import Problems
 from l2t_fast.runs import workers
 from l2t_fast.runs.build import source_folders, uses_sources
 from l2t_fast.settings.options import TableConfig, TrainConfig
-from l2t_fast.settings.stored import ELSEWHERE, check_same, load_config, load_table, save_config
+from l2t_fast.settings.stored import FREE, check_same, load_config, load_table, save_config
 
 # What a column that goes on may be given anew, and what the source that columns share does not depend on.
 _ROWS = ("method", "seeds")
@@ -68,7 +68,7 @@ def check_column(folder: Path, config: TrainConfig, device: torch.device) -> Non
         if (place / "config.json").exists():
             saved = load_config(place / "config.json")
             ours = config if place == column else dataclasses.replace(config, target=saved.target)
-            check_same(ours, saved, saved, what, (*ELSEWHERE, *free))
+            check_same(ours, saved, saved, what, (*FREE, *free))
     if (column / "inputs.json").exists():
         inputs = json.loads((column / "inputs.json").read_text())
         for name, print_ in fingerprints(config).items():

@@ -19,9 +19,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch, loss_on_host
-from l2t_fast.training.fit import Interrupted
 
 _TELL_EVERY = 0.2  # seconds between two messages on the iterations of one training
 _LINE_EVERY = 30.0  # seconds between two lines on one training, where there is no terminal

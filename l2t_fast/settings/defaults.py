@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from l2t_fast.data.readers import DATASETS, LARGE
+from l2t_fast.choices import DATASETS, LARGE, METHODS
 from l2t_fast.errors import L2TError
-from l2t_fast.methods import find_method
 from l2t_fast.settings.options import SourceConfig, TrainConfig
 
 # What `train` does by itself. Small images: the authors' settings (ResNet32 -> VGG9-bn, batch 128); images of 224:
@@ -42,7 +41,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "lr": 0.03,
         "meta_lr": 1e-3,
     },
-    **{name: _LARGE for name, entry in DATASETS.items() if entry.image_size == LARGE},
+    **{name: _LARGE for name, side in DATASETS.items() if side == LARGE},
     "stanford40": {**_LARGE, "meta_lr": 1e-3},  # as the authors told (github.com/alinlab/L2T-ww/issues/4)
 }
 
@@ -74,27 +73,33 @@ def resolve(config: TrainConfig) -> TrainConfig:
         return dataclasses.replace(part, **values)
 
     parts = {name: fill(getattr(config, name)) for name in ("data", "source", "target", "optim")}
-    parts["source"] = _of_each_source(parts["source"])
+    parts["source"] = _for_each_source(parts["source"])
     filled: TrainConfig = dataclasses.replace(fill(config), **parts)
-    for name, value, least in (
-        ("epochs", filled.optim.epochs, 1),
-        ("source-epochs", filled.source.source_epochs, 1),
-        ("batch-size", filled.optim.batch_size, 1),
-        *(("seeds", seed, 0) for seed in filled.seeds or ()),
-    ):
-        if value is None or value < least:
-            raise L2TError(f"--{name} {value} is too small: give at least {least}.")
+    check_least("epochs", filled.optim.epochs, 1)
+    check_least("source-epochs", filled.source.source_epochs, 1)
+    check_least("batch-size", filled.optim.batch_size, 1)
+    for seed in filled.seeds or ():
+        check_least("seeds", seed, 0)
     check_once("method", filled.method or ())
     check_once("seeds", filled.seeds or ())
-    methods = [find_method(name, config.settings) for name in filled.method or ()]
-    used = {f"{name}.{keyword}" for method in methods for name, keyword, _ in method.settings}
-    for setting in config.settings:
-        if setting.partition("=")[0] not in used:
-            raise L2TError(f"--settings {setting}: none of the methods given has that setting; leave it out.")
+    _check_methods(filled.method or (), filled.settings)
     return filled
 
 
-def _of_each_source(source: SourceConfig) -> SourceConfig:
+def _check_methods(names: Sequence[str], settings: Sequence[str]) -> None:
+    """Raises L2TError where there is no such method, or a setting that none of them has."""
+    if not settings and set(names) <= set(METHODS):
+        return
+    from l2t_fast.methods import find_method  # and with it torch, which plain settings do without
+
+    methods = [find_method(name, settings) for name in names]
+    used = {f"{term}.{keyword}" for method in methods for term, keyword, _ in method.settings}
+    for setting in settings:
+        if setting.partition("=")[0] not in used:
+            raise L2TError(f"--settings {setting}: none of the methods given has that setting; leave it out.")
+
+
+def _for_each_source(source: SourceConfig) -> SourceConfig:
     """With one weight file, one width and one list of layers for each source."""
     names, width = source.source or (), source.source_width or ()
     width = width * len(names) if len(width) == 1 else width
@@ -107,6 +112,12 @@ def _of_each_source(source: SourceConfig) -> SourceConfig:
             "source by commas."
         )
     return dataclasses.replace(source, source_width=width)
+
+
+def check_least(flag: str, value: int | None, least: int) -> None:
+    """Raises L2TError where a value is missing, or less than `least`."""
+    if value is None or value < least:
+        raise L2TError(f"--{flag} {value} is too small: give at least {least}.")
 
 
 def check_once(flag: str, values: Sequence[Any]) -> None:

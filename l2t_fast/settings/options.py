@@ -38,14 +38,10 @@ class TargetConfig:
     """layers to match, named as in named_modules()"""
 
 
-@dataclass(frozen=True)
-class OptimConfig:
-    """The iteration: SGD on the target, Adam on the meta-networks, cosine annealing over the epochs."""
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """An iteration: each field is an argument of `Engine`."""
 
-    epochs: int | None = None
-    """passes over the training images"""
-    batch_size: int | None = None
-    """images in a batch"""
     lr: float | None = None
     """learning rate of SGD at the start"""
     momentum: float = 0.9
@@ -60,8 +56,6 @@ class OptimConfig:
     """weight decay of Adam"""
     beta: float = 0.5
     """weight of the matching loss"""
-    where: Literal["relu6", "relu", "relu-avg", "softplus"] = "relu6"
-    """pair weights of l2t-ww: rectified, of the pooled source feature (-avg: divided by its channels), or constants"""
     inner_steps: int = 2
     """T, simulated steps on the matching loss"""
     scheme: Scheme = "transfer"
@@ -72,6 +66,18 @@ class OptimConfig:
     """arithmetic of the networks: fp32, tf32 on tensor cores, or bf16 with parameters in fp32"""
     memory: Memory = "save"
     """keep the activations of all simulated steps, or recompute them"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(EngineOptions):
+    """The iteration: SGD on the target, Adam on the meta-networks, cosine annealing over the epochs."""
+
+    epochs: int | None = None
+    """passes over the training images"""
+    batch_size: int | None = None
+    """images in a batch"""
+    where: Literal["relu6", "relu", "relu-avg", "softplus"] = "relu6"
+    """pair weights of l2t-ww: rectified, of the pooled source feature (-avg: divided by its channels), or constants"""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +10,47 @@ from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
 from l2t_fast.settings.options import TableConfig, TrainConfig
 
-# What a run may be given anew when it goes on: where data lie, and what computes.
-ELSEWHERE = ("name", "runs", "resume", "device", "mode", "memory", "data_root", "workers", "download")
+# What may have changed when a run goes on: where the data lie, and what computes; and how it is called.
+ANEW = ("device", "mode", "memory", "data_root", "workers", "download")
+FREE = (*ANEW, "name", "runs", "resume")
 
 
-def check_same(given: Any, saved: Any, default: Any, what: str = "the run", free: Sequence[str] = ELSEWHERE) -> None:
+def check_same(
+    given: Any,
+    saved: Any,
+    default: Any,
+    what: str = "the run",
+    free: Sequence[str] = FREE,
+    flags: Mapping[str, str] | None = None,
+) -> None:
     """Raises L2TError where `what` goes on with other settings than its own; `free` ones may differ.
 
-    default: what counts as not given.
+    Args:
+        default: what counts as not given.
+        flags: what the command calls those settings that it calls otherwise.
     """
     for f in dataclasses.fields(given):
         ours, theirs, usual = getattr(given, f.name), getattr(saved, f.name), getattr(default, f.name)
         if dataclasses.is_dataclass(ours):
-            check_same(ours, theirs, usual, what, free)
+            check_same(ours, theirs, usual, what, free, flags)
         elif f.name not in free and ours not in (usual, theirs):
-            flag = f.name.replace("_", "-")
+            flag = (flags or {}).get(f.name, f.name.replace("_", "-"))
             raise L2TError(
                 f"{what} was made with --{flag} {_shown(theirs)}, not {_shown(ours)}: give the same settings again, or "
                 "another --name."
             )
+
+
+def updated(saved: Any, given: Any, default: Any) -> Any:
+    """`saved`, with what of `ANEW` is given; `default` counts as not given."""
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(saved):
+        ours, theirs, usual = getattr(given, f.name), getattr(saved, f.name), getattr(default, f.name)
+        if dataclasses.is_dataclass(theirs):
+            changes[f.name] = updated(theirs, ours, usual)
+        elif f.name in ANEW and ours != usual:
+            changes[f.name] = ours
+    return dataclasses.replace(saved, **changes)
 
 
 def _shown(value: Any) -> str:

@@ -7,41 +7,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l2t_fast.data.images import Data, ImageSet
 from l2t_fast.engine.engine import Engine
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import load_checkpoint, save_checkpoint
-from l2t_fast.training.log import Log, what_is_kept
+from l2t_fast.training.log import Log
+from l2t_fast.training.state import State, check_finite, checkpoint_content, restore
+from l2t_fast.training.watch import Watch
 
 _EVAL_BATCH = 250
-
-
-class Interrupted(Exception):
-    """Raised where the user asked to stop; everything is saved."""
-
-
-class Watch(Protocol):
-    """What a training tells those who watch it, and how they stop it."""
-
-    def resumed(self, epoch: int, iteration: int) -> None:
-        """The training goes on from a checkpoint."""
-
-    def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None:
-        """One iteration is done."""
-
-    def evaluating(self, part: str) -> None:
-        """Accuracy on `part` ("validation", "test") is being measured."""
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """One epoch is done; `row` is its line of metrics.jsonl."""
-
-    def stop_asked(self) -> bool:
-        """Whether to save and stop now."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +34,6 @@ class Schedule:
 
     def lr_at(self, epoch: int) -> float:
         return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
-
-
-@dataclass
-class _State:
-    """Where a training stands: `iteration` counts within the epoch."""
-
-    epoch: int = 0
-    iteration: int = 0
-    best_accuracy: float = -1.0
-    best_epoch: int = -1
-    seconds: float = 0.0
 
 
 def fit(
@@ -87,14 +55,14 @@ def fit(
     if batches == 0:
         raise L2TError(f"{len(data.train)} training images are too few: BatchNorm needs batches of two or more.")
     last = folder / "last.pt"
-    state = _restore(last, engine) if last.exists() else _State()
+    state = restore(last, engine) if last.exists() else State()
     if state.epoch or state.iteration:
         watch.resumed(state.epoch, state.iteration)
     log = Log(folder / "metrics.jsonl", (state.epoch, state.iteration), last, engine.learner.pairs)
 
     def save() -> None:
-        _check_state(engine, state, last)
-        save_checkpoint(last, {"engine": engine.state_dict(), "random": _random_state(), "state": vars(state)})
+        check_finite(engine, state, last)
+        save_checkpoint(last, checkpoint_content(engine, state))
 
     start = perf_counter() - state.seconds
     try:
@@ -113,7 +81,7 @@ def fit(
                 watch.evaluating("validation")
                 row["val_accuracy"] = evaluate(network, data.val, watch.stop_asked)
                 if row["val_accuracy"] > state.best_accuracy:
-                    _check_state(engine, state, last)
+                    check_finite(engine, state, last)
                     state.best_accuracy, state.best_epoch = row["val_accuracy"], state.epoch
                     save_checkpoint(folder / "best.pt", {"weights": _weights(network), "epoch": state.epoch})
             state.epoch, state.iteration = state.epoch + 1, 0
@@ -149,7 +117,7 @@ def evaluate(network: nn.Module, images: ImageSet, stop_asked: Callable[[], bool
     return correct.item() / len(images)
 
 
-def _test(folder: Path, network: nn.Module, data: Data, state: _State, watch: Watch) -> dict[str, Any]:
+def _test(folder: Path, network: nn.Module, data: Data, state: State, watch: Watch) -> dict[str, Any]:
     """Test accuracy of the last weights, and of the best by validation; the network keeps the last ones."""
     watch.evaluating("test")
     result = {"test_accuracy_last": evaluate(network, data.test, watch.stop_asked)}
@@ -165,7 +133,7 @@ def _test(folder: Path, network: nn.Module, data: Data, state: _State, watch: Wa
 
 
 def _inputs(
-    engine: Engine, data: Data, schedule: Schedule, state: _State
+    engine: Engine, data: Data, schedule: Schedule, state: State
 ) -> Iterator[tuple[Any, Any, tuple[Tensor, Tensor] | None]]:
     """What `Engine.step` takes, from where the epoch stands to its end."""
 
@@ -193,40 +161,5 @@ def _inputs(
         yield xs, ys, next(val)
 
 
-def _check_state(engine: Engine, state: _State, last: Path) -> None:
-    """The losses of an iteration are those before its step, so what the last step made is looked at too."""
-    content = engine.state_dict()
-    for name, tensor in [item for group in ("theta", "momentum", "buffers", "phi") for item in content[group].items()]:
-        if not bool(tensor.isfinite().all()):
-            raise L2TError(
-                f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "
-                f"{what_is_kept(last)}; lower the learning rate or beta."
-            )
-
-
-def _restore(path: Path, engine: Engine) -> _State:
-    content = load_checkpoint(path)
-    try:
-        engine.load_state_dict(content["engine"])
-        _set_random_state(content["random"])
-        return _State(**content["state"])
-    except L2TError as error:
-        raise L2TError(f"checkpoint {path}: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.") from error
-
-
 def _weights(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-def _random_state() -> dict[str, Tensor]:
-    """State of the generators that a training draws from (dropout)."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from l2t_fast.cli import main
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import load_checkpoint
 from l2t_fast.runs import workers
 from l2t_fast.runs.build import source_folders
@@ -25,7 +25,6 @@ from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
 from l2t_fast.settings.columns import columns
 from l2t_fast.settings.options import TableConfig
 from l2t_fast.settings.stored import load_config, load_table, save_config
-from l2t_fast.training.fit import Interrupted
 from l2t_fast.training.log import read_metrics
 
 SMALL = ["--target-width", "0.0625", "--source-width", "0.25", "--source-epochs", "1", "--jobs", "2", "--threads", "1"]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from l2t_fast import L2T, Engine, L2TError
 from l2t_fast.data.images import Data, TensorSet
+from l2t_fast.errors import Interrupted
 from l2t_fast.files import load_checkpoint, save_checkpoint
 from l2t_fast.training import fit as trainer_module
-from l2t_fast.training.fit import Interrupted, Schedule, evaluate, fit
+from l2t_fast.training.fit import Schedule, evaluate, fit
 from l2t_fast.training.log import read_metrics
 
 
