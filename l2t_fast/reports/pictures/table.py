@@ -80,8 +80,7 @@ def _legend(summaries: Sequence[Summary]) -> list[Line2D]:
         handles.append(Line2D([], [], color=_RED, marker="D", ms=5.5, lw=1.6, label="learned transfer, mean ± std"))
     handles.append(Line2D([], [], color="0.4", marker=".", ms=6, lw=0, label="one seed"))
     if any(standing.published for standing in standings):
-        label = "published, as transcribed"
-        handles.append(Line2D([], [], color="0.65", marker="s", ms=4, lw=1, mfc="white", mec="0.45", label=label))
+        handles.append(Line2D([], [], color="0.65", marker="s", ms=4, lw=1, mfc="white", mec="0.45", label="published"))
     if any(summary.baseline for summary in summaries):
         handles.append(Line2D([], [], color=_BLUE, lw=0.8, ls="--", label="best baseline"))
     return handles
