@@ -11,7 +11,7 @@ import numpy as np
 from l2t_fast.choices import METHODS
 from l2t_fast.errors import L2TError
 from l2t_fast.reports.arrays import Array, ragged
-from l2t_fast.training.log import read_metrics
+from l2t_fast.training.log import read_epochs
 
 TOP = 0.1  # the share of the channels whose weight is told
 
@@ -73,22 +73,29 @@ def read_learned(folder: Path) -> list[Learned]:
     return learned
 
 
+@dataclass(frozen=True)
+class _Training:
+    """One seed: its epochs that have λ, if the method has meta-parameters, and learned.json, if it was written yet."""
+
+    epochs: list[dict[str, Any]]
+    learned: Mapping[str, Any] | None
+    ended: bool
+
+
 def _read(column: str, method: str, cells: Sequence[Path]) -> Learned | None:
     """None if the method has no meta-parameters, or no training of it has ended an epoch."""
-    read = {int(cell.name.removeprefix("seed-")): _read_cell(cell) for cell in cells}
-    read = {seed: read[seed] for seed in sorted(read) if read[seed][0]}
-    if not read:
+    read = {int(cell.name.removeprefix("seed-")): _read_training(cell) for cell in cells}
+    trainings = {seed: read[seed] for seed in sorted(read) if read[seed].epochs}
+    if not trainings:
         return None
-    seeds = list(read)
-    contents = [learned for _, learned, _ in read.values()]
+    contents = [training.learned for training in trainings.values()]
     told = next((content for content in contents if content is not None), None)
-    weights = [[row["pair_weights"] for row in rows] for rows, _, _ in read.values()]  # [seeds][epochs][P]
-    pairs = len(weights[0][0])
     if told is not None and any(c is not None and c["pairs"] != told["pairs"] for c in contents):
         raise L2TError(
             f"the seeds of {cells[0].parent} have other pairs than each other: inspect a run of one setting."
         )
-    names = told["pairs"] if told is not None else [f"pair {p + 1}" for p in range(pairs)]
+    weights = [[row["pair_weights"] for row in t.epochs] for t in trainings.values()]  # [seeds][epochs][P]
+    pairs = len(weights[0][0])
     # λ = 1 to the last bit is no learned one; learned.json says it outright.
     fixed = "pair_weights" not in told if told is not None else all(w == [1.0] * pairs for ws in weights for w in ws)
     final = history = None
@@ -98,44 +105,41 @@ def _read(column: str, method: str, cells: Sequence[Path]) -> Learned | None:
         history = np.stack([ragged([[w[p] for w in ws] for ws in weights]) for p in range(pairs)], axis=2)
     effective = top = profiles = None
     if told is not None and "channels" in told:
-        each = [c["channels"] if c is not None else None for c in contents]
-        known = [entries for entries in each if entries is not None]
-        nothing: list[dict[str, Any]] = [{"effective": np.nan, "profile": [np.nan]}] * pairs
-        effective = np.array([[entry["effective"] for entry in entries or nothing] for entries in each])
-        top = np.array([[top_weight(entry["profile"]) for entry in entries or nothing] for entries in each])
-        profiles = [np.array([entries[p]["profile"] for entries in known]) for p in range(pairs)]
+        known = [content["channels"] for content in contents if content is not None]
+        unknown: list[dict[str, Any]] = [{"effective": np.nan, "profile": [np.nan]}] * pairs
+        each = [content["channels"] if content is not None else unknown for content in contents]
+        effective = np.array([[channels["effective"] for channels in seed] for seed in each])
+        top = np.array([[top_weight(channels["profile"]) for channels in seed] for seed in each])
+        profiles = [np.array([seed[p]["profile"] for seed in known]) for p in range(pairs)]
     return Learned(
         column=column,
         method=method,
-        seeds=seeds,
-        names=names,
-        layers=None
-        if told is None
-        else [_layers(*of) for of in zip(names, told["source"], told["target"], strict=True)],
+        seeds=list(trainings),
+        names=told["pairs"] if told is not None else [f"pair {p + 1}" for p in range(pairs)],
+        layers=_layers(told) if told is not None else None,
         final=final,
         history=history,
         effective=effective,
         top=top,
         profiles=profiles,
-        under_way={seed: len(rows) for seed, (rows, _, ended) in read.items() if not ended},
+        under_way={seed: len(training.epochs) for seed, training in trainings.items() if not training.ended},
     )
 
 
-def _layers(name: str, m: str, n: str) -> tuple[str, str, str]:
-    """(source, m, n); the name of a pair has "SOURCE:" before it where there are several sources."""
-    prefix = name.removesuffix(f"{m} → {n}")
-    return prefix.removesuffix(":"), m, n
+def _layers(learned: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(source, m, n) of each pair; its name has "SOURCE:" before it where there are several sources."""
+    named = zip(learned["pairs"], learned["source"], learned["target"], strict=True)
+    return [(name.removesuffix(f"{m} → {n}").removesuffix(":"), m, n) for name, m, n in named]
 
 
-def _read_cell(cell: Path) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None, bool]:
-    """(the epoch lines that have λ and are of a method with meta-parameters, learned.json, whether the cell ended)."""
+def _read_training(cell: Path) -> _Training:
     metrics, content = cell / "metrics.jsonl", cell / "learned.json"
     try:
-        rows = read_metrics(metrics) if metrics.exists() else []
+        epochs = read_epochs(metrics) if metrics.exists() else []
         learned = json.loads(content.read_text()) if content.exists() else None
     except ValueError as error:
         raise L2TError(f"a file in {cell} is damaged ({error}): train that part anew.") from error
     if learned is not None and not {"pairs", "source", "target"} <= learned.keys():
         raise L2TError(f"{content} is not what a training writes: train that part anew.")
-    epochs = [row for row in rows if "iteration" not in row and "pair_weights" in row and "meta_loss" in row]
-    return epochs, learned, (cell / "result.json").exists()
+    epochs = [row for row in epochs if "pair_weights" in row and "meta_loss" in row]
+    return _Training(epochs, learned, (cell / "result.json").exists())

@@ -29,8 +29,8 @@ _TABLE: dict[str, tuple[tuple[float, float], ...]] = {
 def published(config: TrainConfig) -> dict[str, tuple[float, float]]:
     """{method: (mean, std) of the test accuracy in %} where the settings are the paper's, else {}.
 
-    The paper's settings are the data set's defaults (`settings.defaults.resolve`): all that decides the result must be as they
-    are. That the weights of a ResNet32 come from TinyImageNet no checkpoint says: the user vouches for it.
+    The paper's settings are the data set's defaults (`settings.defaults.resolve`): all that decides the result must
+    be as they are. That the weights of a ResNet32 come from TinyImageNet no checkpoint says: the user vouches for it.
     """
     name = config.data.dataset
     if name not in _DATASETS:

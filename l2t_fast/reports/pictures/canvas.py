@@ -25,4 +25,5 @@ def plot_band(axes: Any, x: Array, curves: Array, shade: float = 0.15, **line: A
 
 
 def save(fig: Any, path: Path) -> None:
+    """Writes the picture as PNG, all of them as finely."""
     fig.savefig(path, dpi=120)

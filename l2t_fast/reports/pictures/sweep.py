@@ -26,7 +26,7 @@ def plot_sweep(path: Path, title: str, groups: Mapping[str, Sequence[Summary]]) 
     fig = figure(0.6 + 4.2 * across, 1.3 + 3.4 * down)
     grid = fig.subplots(down, across, squeeze=False)
     for axes, (name, summaries) in zip(grid.flat, groups.items(), strict=False):
-        _sweep_panel(axes, name, summaries)
+        _panel(axes, name, summaries)
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
     handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -35,7 +35,7 @@ def plot_sweep(path: Path, title: str, groups: Mapping[str, Sequence[Summary]]) 
     save(fig, path)
 
 
-def _sweep_panel(axes: Any, name: str, summaries: Sequence[Summary]) -> None:
+def _panel(axes: Any, name: str, summaries: Sequence[Summary]) -> None:
     numbers = [summary.per_class for summary in summaries if summary.per_class is not None]
     places = [float(number) for number in numbers]
     labels = [str(number) for number in numbers]
@@ -44,21 +44,14 @@ def _sweep_panel(axes: Any, name: str, summaries: Sequence[Summary]) -> None:
         places += [2.5 * max(places)] * (len(summaries) - limited)
         labels += ["all"] * (len(summaries) - limited)
     x = np.array(places)
-    metas = [standing.method for standing in summaries[0].standings if standing.is_meta]
-    others = [standing.method for standing in summaries[0].standings if not standing.is_meta]
-    style: dict[str, Any]
+    styles = _styles(summaries[0])
     for i, standing in enumerate(summaries[0].standings):
         along = [summary.standings[i] for summary in summaries]
         seeds = sorted({seed for found in along for seed in found.values})
         if not seeds:
             continue
         curves = np.array([[found.values.get(seed, np.nan) for found in along] for seed in seeds])  # [seeds, columns]
-        if standing.is_meta:
-            i_style = len(metas) - 1 - metas.index(standing.method)
-            style = {"color": _WARM[i_style % len(_WARM)], "marker": "D", "linestyle": "-", "linewidth": 1.8}
-        else:
-            i_style = others.index(standing.method) % len(_COLD)
-            style = {"color": _COLD[i_style], "marker": _SHAPES[i_style], "linestyle": "--", "linewidth": 1.3}
+        style = styles[standing.method]
         plot_band(axes, x[:limited], curves[:, :limited], label=standing.method, markersize=4, **style)
         if limited < len(x):
             for place, found in zip(x[limited:], along[limited:], strict=True):
@@ -76,3 +69,18 @@ def _sweep_panel(axes: Any, name: str, summaries: Sequence[Summary]) -> None:
     axes.set_title(name, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _styles(summary: Summary) -> dict[str, dict[str, Any]]:
+    """How the line of each method looks."""
+    metas = [standing.method for standing in summary.standings if standing.is_meta]
+    baselines = [standing.method for standing in summary.standings if not standing.is_meta]
+    warm = {
+        method: {"color": _WARM[i % len(_WARM)], "marker": "D", "linestyle": "-", "linewidth": 1.8}
+        for i, method in enumerate(reversed(metas))
+    }
+    cold = {
+        method: {"color": _COLD[i % len(_COLD)], "marker": _SHAPES[i % len(_COLD)], "linestyle": "--", "linewidth": 1.3}
+        for i, method in enumerate(baselines)
+    }
+    return {**warm, **cold}
