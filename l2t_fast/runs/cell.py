@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from l2t_fast.data.images import Data
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
-from l2t_fast.reports import pictures as plots
-from l2t_fast.reports.inspection import peakedness
+from l2t_fast.reports.pictures import weights as plots
 from l2t_fast.runs.build import build_sources, make_engine, make_learner, plain_learner, source_data
 from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.fit import Schedule, fit
+from l2t_fast.training.learned import peakedness
 from l2t_fast.training.log import read_epochs
 
 _PICTURE_IMAGES = 512  # training images whose channel weights the histogram shows

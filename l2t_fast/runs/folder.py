@@ -10,7 +10,7 @@ from pathlib import Path
 from l2t_fast.choices import METHODS
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
-from l2t_fast.reports.table import Problems
+from l2t_fast.reports.column import Problems
 from l2t_fast.runs import workers
 from l2t_fast.runs.build import trains_sources, uses_sources
 from l2t_fast.settings.options import TableConfig, TrainConfig

@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from l2t_fast.errors import L2TError
-from l2t_fast.reports.table import meta_methods, read_column, write_tables
+from l2t_fast.reports.column import read_column
+from l2t_fast.reports.table import write_tables
 from l2t_fast.runs.build import find_device
 from l2t_fast.runs.preflight import preflight
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
@@ -87,6 +88,6 @@ def train(folder: Path, config: TrainConfig, console: Console) -> None:
         for cell in cells:
             cell.run(make_watch)
     column = read_column(folder, config, {})
-    for table in write_tables(folder, column.title, [column], methods, meta_methods(methods)):
+    for table in write_tables(folder, column.title, [column], methods):
         console.print(table)
     console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True)

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from l2t_fast.errors import L2TError
 from l2t_fast.methods import find_method
-from l2t_fast.reports.table import Problems, meta_methods, read_column, write_tables
+from l2t_fast.reports.column import Problems, read_column
+from l2t_fast.reports.table import write_tables
 from l2t_fast.runs import workers
 from l2t_fast.runs.build import find_device
 from l2t_fast.runs.folder import (
@@ -133,6 +134,6 @@ def _report(folder: Path, console: Console) -> None:
         for column, config in configs.items()
     ]
     title = columns[0].title if len(columns) == 1 else f"{folder.name}: accuracy on the test set (%)"
-    for table in write_tables(folder, title, columns, methods, meta_methods(methods)):
+    for table in write_tables(folder, title, columns, methods):
         console.print(table)
     console.print(f"table, numbers and pictures are in {folder}", highlight=False, soft_wrap=True)
