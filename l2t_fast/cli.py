@@ -21,9 +21,9 @@ def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
     Without arguments: digits. A small source network learns the digits 0-4, then a target learns 5-9 from ten images
     each, from scratch and with L2T-ww, three seeds; a table and pictures at the end.
     """
-    from l2t_fast.runs import run as experiment
+    from l2t_fast.runs.run import run
 
-    experiment.run(config, Console())
+    run(config, Console())
 
 
 def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
@@ -32,9 +32,9 @@ def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
     Without arguments: all methods on digits, three seeds. The same command goes on after any interruption, and may be
     given more methods, targets and seeds: a cell that is done is not trained again.
     """
-    from l2t_fast.runs import table
+    from l2t_fast.runs.table import run
 
-    if not table.run(config, Console()):
+    if not run(config, Console()):
         raise L2TError("some cells have failed: the table says why; the same command tries them again.")
 
 
