@@ -38,6 +38,25 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error.removeprefix("l2t-fast: ")
 
 
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["table"], ["pretrain"], ["inspect"]], ids=lambda command: " ".join(command)
+)
+def test_help_does_not_load_torch(command: str) -> None:
+    """Loading it takes seconds."""
+    script = f"""
+import sys
+from l2t_fast.cli import main
+try:
+    main({[*command.split(), "--help"]})
+except SystemExit as exit_:
+    assert not exit_.code
+print(*{{"torch", "torchvision", "matplotlib", "scipy"}}.intersection(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "usage: l2t-fast" in done.stdout
+    assert done.stderr.strip() == ""
+
+
 def test_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Source training, both methods, two seeds, table and pictures, on a short schedule."""
     train(tmp_path, "--name", "job", "--epochs", "2", "--seeds", "0", "1")
