@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from l2t_fast import L2T, Engine
-from l2t_fast.networks.architectures import build_model, default_layers
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.layers import default_layers
 from l2t_fast.reference import Reference
 
 State = dict[str, dict[str, Tensor]]  # of the parts of a learner: target, projections, what, where

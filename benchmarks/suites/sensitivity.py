@@ -20,11 +20,13 @@ from torch import Tensor
 from benchmarks import rows as results
 from benchmarks.rows import Row, say
 from l2t_fast import L2T, Engine
-from l2t_fast.data.images import load_data
 from l2t_fast.data.options import DataConfig
+from l2t_fast.data.splits import load_data
 from l2t_fast.engine import inner_step as inner
 from l2t_fast.engine.inner_step import Batch
-from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.layers import default_layers
+from l2t_fast.networks.weights import checkpoint_classes, load_weights
 
 _NOISE = 1e-6
 _BATCHES = 4  # at which meta-gradients are compared
@@ -34,7 +36,7 @@ def rows(arguments: Any, device: torch.device) -> Iterator[Row]:
     """A row for each of the iterations asked for."""
     config = DataConfig(arguments.dataset, data_root=arguments.data_root, per_class=arguments.per_class)
     data = load_data(config, arguments.seed)
-    source = build_model("resnet32", checkpoint_classes(arguments.source_weights))
+    source = build_model("resnet32", checkpoint_classes(arguments.source_weights, "resnet32"))
     load_weights(source, arguments.source_weights)
     torch.manual_seed(arguments.seed)
     target = build_model("vgg9_bn", data.num_classes, arguments.width)

@@ -23,11 +23,13 @@ from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, say, unavailable
 from l2t_fast import L2T, Engine
 from l2t_fast.choices import Mode
-from l2t_fast.data.images import Data, load_data
 from l2t_fast.data.options import DataConfig
+from l2t_fast.data.splits import Data, load_data
 from l2t_fast.errors import Interrupted
 from l2t_fast.methods import METHODS, find_method
-from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.layers import default_layers
+from l2t_fast.networks.weights import checkpoint_classes, load_weights
 from l2t_fast.training.fit import Schedule, fit
 
 
@@ -66,7 +68,7 @@ def learner(method: str, case: Case, data: Data, weights: Path | None, device: t
     chosen = find_method(method)
     sources: list[nn.Module] = []
     if chosen.uses_sources:
-        classes = case.source_classes if weights is None else checkpoint_classes(weights)
+        classes = case.source_classes if weights is None else checkpoint_classes(weights, case.source)
         sources = [build_model(case.source, classes).to(device)]
         if weights is not None:
             load_weights(sources[0], weights)

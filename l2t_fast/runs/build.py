@@ -8,13 +8,15 @@ import torch
 import torchvision
 from torch import nn
 
-from l2t_fast.data.images import Data, load_data
+from l2t_fast.data.splits import Data, load_data
 from l2t_fast.engine.compile import Say
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import find_method
-from l2t_fast.networks.architectures import build_model, checkpoint_classes, default_layers, load_weights
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.layers import default_layers
+from l2t_fast.networks.weights import checkpoint_classes, load_weights
 from l2t_fast.settings.options import EngineOptions, TrainConfig
 
 
@@ -73,7 +75,7 @@ def build_sources(config: TrainConfig, folders: Sequence[Path] = ()) -> list[nn.
         elif weights[s] == "imagenet":
             networks.append(_imagenet(name))
         else:
-            networks.append(build_model(name, checkpoint_classes(weights[s]), width))
+            networks.append(build_model(name, checkpoint_classes(weights[s], name, width), width))
             load_weights(networks[-1], weights[s])
     return networks
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2t_fast.data.images import Data
+from l2t_fast.data.splits import Data
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.reports.pictures import weights as plots

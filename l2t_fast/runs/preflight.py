@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from rich.console import Console
 
-from l2t_fast.data.images import load_data
+from l2t_fast.data.splits import load_data
 from l2t_fast.errors import L2TError, UnfitError
 from l2t_fast.runs.build import (
     build_sources,

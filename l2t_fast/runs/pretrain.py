@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from l2t_fast.data.images import load_data
+from l2t_fast.data.splits import load_data
 from l2t_fast.files import save_weights
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.runs.cell import cell_weights

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from l2t_fast.data.images import Data, load_data
 from l2t_fast.data.options import DataConfig
+from l2t_fast.data.splits import Data, load_data
 from l2t_fast.runs.build import build_sources, source_folders
 from l2t_fast.runs.cell import train_cell, train_source
 from l2t_fast.runs.progress import MakeWatch

@@ -15,7 +15,7 @@ class SourceConfig:
     source: tuple[str, ...] | None = None
     """architecture of each: resnet32, vgg9_bn, or any classification network of torchvision"""
     source_weights: tuple[str, ...] | None = None
-    """of each a checkpoint file, or `imagenet` for torchvision's own weights"""
+    """of each a checkpoint FILE (FILE:PREFIX if it holds several networks), or `imagenet` for torchvision's own"""
     source_width: tuple[float, ...] | None = None
     """multiplies the channels of resnet20/32/.. and vgg9_bn: one number for all, or one for each"""
     source_layers: tuple[str, ...] | None = None

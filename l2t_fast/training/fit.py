@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2t_fast.data.images import Data, ImageSet
+from l2t_fast.data.images import ImageSet
+from l2t_fast.data.splits import Data
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import load_checkpoint, save_checkpoint

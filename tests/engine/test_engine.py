@@ -23,7 +23,8 @@ from l2t_fast.kernels.matching import ops
 from l2t_fast.kernels.matching import triton_launch as triton_impl
 from l2t_fast.kernels.sgd import step as sgd
 from l2t_fast.kernels.sgd.step import SGD, sgd_step
-from l2t_fast.networks.architectures import build_model, default_layers
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.layers import default_layers
 from l2t_fast.reference import Reference
 
 pytestmark = pytest.mark.core

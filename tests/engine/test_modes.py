@@ -17,7 +17,8 @@ from l2t_fast.engine.engine import _choose_mode, _Draws
 from l2t_fast.engine.precision import arithmetic
 from l2t_fast.kernels.matching import aten as torch_impl
 from l2t_fast.kernels.matching import ops
-from l2t_fast.networks.architectures import build_model, default_layers
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.layers import default_layers
 from l2t_fast.reference import Reference
 from tests.engine.test_engine import batch as small_batch
 from tests.engine.test_engine import small_learner, take_state

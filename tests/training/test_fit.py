@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from l2t_fast import L2T, Engine, L2TError
-from l2t_fast.data.images import Data, TensorSet
+from l2t_fast.data.images import TensorSet
+from l2t_fast.data.splits import Data
 from l2t_fast.errors import Interrupted
 from l2t_fast.files import load_checkpoint, save_checkpoint
 from l2t_fast.training import fit as trainer_module

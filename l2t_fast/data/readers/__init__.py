@@ -1,0 +1,1 @@
+"""A reader for each layout that data sets have on disk."""

@@ -1,0 +1,105 @@
+"""What all readers share: the parts of a data set, and lists of its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+
+from l2t_fast.errors import L2TError
+
+
+class Labelled(NamedTuple):
+    """A training or a test set. labels: int64 [N]; images: uint8 [N, C, H, W] with C = 1 or 3, or N paths."""
+
+    labels: Tensor
+    images: Tensor | list[str]
+
+
+TrainTest = tuple[Labelled, Labelled | None]  # for training and for testing
+Listed = list[tuple[str, str]]  # class and path of each image, in any order
+LabelledFiles = tuple[Tensor, list[str]]  # int64 [N], and N paths
+
+
+class DamagedError(Exception):
+    """Why a data set cannot be read; `read_dataset` adds which one, where, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is known of a data set before it is read.
+
+    read: (root, download) -> both parts. num_classes: 0 is to be counted. flip: mirror small training images.
+    get: how to get it, with {command} for the command line that downloads it.
+    """
+
+    read: Callable[[Path, bool], TrainTest]
+    num_classes: int = 10
+    flip: bool = True
+    get: str = "{command} gets it (remove a damaged copy first)"
+
+
+def open_image(path: str) -> Image.Image:
+    """The image in a file as RGB, gray and palette images too.
+
+    Raises L2TError when it cannot be read.
+    """
+    try:
+        image: Image.Image = datasets.folder.default_loader(path)
+    except (OSError, SyntaxError, ValueError):  # SyntaxError: a broken PNG
+        raise L2TError(f"{path} is no readable image; replace or remove it.") from None
+    return image
+
+
+def ordered(train: Listed, test: Listed, num_classes: int) -> tuple[LabelledFiles, LabelledFiles]:
+    """Both parts as torchvision's ImageFolder has them: classes by name, and the files of a class by name."""
+    classes = sorted({c for c, _ in train})
+    odd = set(classes) ^ {c for c, _ in test}
+    if odd:
+        raise DamagedError(f"class {min(odd)} is in one of the lists for training and testing only")
+    if len(classes) != num_classes:
+        raise DamagedError(f"its lists name {len(classes)} classes instead of {num_classes}")
+    parts = []
+    for listed in (train, test):
+        listed = sorted(listed, key=lambda image: (image[0], os.path.basename(image[1])))
+        missing = next((path for _, path in listed if not os.path.isfile(path)), None)
+        if missing:
+            raise DamagedError(f"{missing} is listed, but not there")
+        number = {c: i for i, c in enumerate(classes)}
+        parts.append((torch.tensor([number[c] for c, _ in listed]), [path for _, path in listed]))
+    return parts[0], parts[1]
+
+
+def unpacked(root: Path, folder: str) -> Path:
+    """Where the data set lies: in `folder` under the root, or the root is that folder."""
+    return root / folder if (root / folder).is_dir() else root
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a list, without those that are empty."""
+    if not path.is_file():
+        raise DamagedError(f"there is no {path}")
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path} is no text") from error
+
+
+def word_pairs(path: Path) -> dict[str, str]:
+    """The first two words of each line of a list."""
+    words = [line.split() for line in lines(path)]
+    if any(len(line) < 2 for line in words):
+        raise DamagedError(f"{path} has a line of one word")
+    return {line[0]: line[1] for line in words}
+
+
+def first_line(error: Exception) -> str:
+    """An error message may go on with advice in Python."""
+    return str(error).partition("\n")[0]

@@ -1,0 +1,158 @@
+"""Data sets, divided into images for training, validation and test."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from l2t_fast.choices import DATASETS
+from l2t_fast.data.images import FolderSet, ImageSet, TensorSet
+from l2t_fast.data.options import DataConfig
+from l2t_fast.data.readers.catalogue import READERS, read_dataset
+from l2t_fast.data.readers.layout import Labelled
+from l2t_fast.data.streams import PER_CLASS, TEST, VALIDATION, keyed_generator
+from l2t_fast.errors import L2TError
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three parts of a data set. image_shape: (3, H, W) of a batch's images."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+
+def load_data(config: DataConfig, seed: int) -> Data:
+    """The data set that `config` names, split; `seed` chooses only the `per_class` images.
+
+    Validation is a fixed stratified part of the training set, the same for every seed; limited data are drawn from
+    what is left of it (validation is limited likewise), and fewer images per class are a subset of more. Only the
+    training part is augmented.
+
+    Raises L2TError when the data set is unknown, missing or damaged, or has not the classes, images or split asked
+    for.
+    """
+    _check(config)
+    train, test, num_classes = _whole_sets(config)
+    if config.split is not None:
+        classes, train_part, val_part, test_part = _read_split(config.split, train.labels, test.labels)
+    else:
+        classes = tuple(range(num_classes)) if config.classes is None else config.classes
+        if not all(0 <= c < num_classes for c in classes):
+            raise L2TError(f"{config.dataset} has classes 0 to {num_classes - 1}; choose classes among them.")
+        pool, test_part = (torch.isin(s.labels, torch.tensor(classes)).nonzero()[:, 0] for s in (train, test))
+        val_part, train_part = _draw(
+            train.labels, pool, classes, lambda n: max(0, min(round(config.val_fraction * n), n - 1)), VALIDATION
+        )
+    if config.per_class is not None:
+        k = config.per_class
+        for c in classes:
+            count = int((train.labels[train_part] == c).sum())
+            if count < k:
+                raise L2TError(
+                    f"class {c} of {config.dataset} has {count} training images beside the validation images, "
+                    f"fewer than the {k} per class asked for; ask for at most {count}."
+                )
+        train_part, _ = _draw(train.labels, train_part, classes, lambda _: k, PER_CLASS, seed)
+        val_part, _ = _draw(train.labels, val_part, classes, lambda n: min(n, k), PER_CLASS, seed)
+
+    relabel = torch.full((max(num_classes, max(classes) + 1),), -1)
+    relabel[list(classes)] = torch.arange(len(classes))
+
+    def part(images: ImageSet, indices: Tensor, augment: bool) -> ImageSet:
+        return images.select(indices, relabel[images.labels[indices]], augment)
+
+    size = DATASETS[config.dataset]
+    return Data(
+        train=part(train, train_part, augment=True),
+        val=part(train, val_part, augment=False),
+        test=part(test, test_part, augment=False),
+        num_classes=len(classes),
+        image_shape=(3, size, size),
+    )
+
+
+def _check(config: DataConfig) -> None:
+    if config.dataset not in DATASETS:
+        nearest = ", ".join(difflib.get_close_matches(config.dataset.lower(), DATASETS, n=3, cutoff=0.0))
+        raise L2TError(f"there is no data set named {config.dataset!r}; the nearest names are {nearest}.")
+    if config.classes is not None and not 0 < len(set(config.classes)) == len(config.classes):
+        raise L2TError(f"classes must be different and at least one, not {config.classes}.")
+    if config.classes is not None and config.split is not None:
+        raise L2TError("a split names its own classes; give either classes or a split.")
+    if config.per_class is not None and config.per_class < 1:
+        raise L2TError(f"per_class must be at least 1, not {config.per_class}.")
+    if not 0 <= config.val_fraction < 1:
+        raise L2TError(f"val_fraction must be at least 0 and less than 1, not {config.val_fraction}.")
+    if config.workers < 0:
+        raise L2TError(f"workers must be at least 0, not {config.workers}.")
+
+
+def _whole_sets(config: DataConfig) -> tuple[ImageSet, ImageSet, int]:
+    """The whole training set, the whole test set, and the number of classes."""
+    train, test, num_classes = read_dataset(config.dataset, config.data_root, config.download)
+    if test is None:  # half of each class, drawn once and for all
+        test_part, train_part = _draw(
+            train.labels, torch.arange(len(train.labels)), range(num_classes), lambda n: n // 2, TEST
+        )
+        assert isinstance(train.images, Tensor)
+        train, test = (Labelled(train.labels[i], train.images[i]) for i in (train_part, test_part))
+
+    def images(part: Labelled, augment: bool) -> ImageSet:
+        if isinstance(part.images, Tensor):
+            return TensorSet(part.labels, augment, images=part.images, flip=READERS[config.dataset].flip)
+        return FolderSet(part.labels, augment, paths=part.images, size=DATASETS[config.dataset], workers=config.workers)
+
+    return images(train, augment=True), images(test, augment=False), num_classes
+
+
+def _read_split(prefix: str, train: Tensor, test: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
+    """The classes, and the indices of train, val and test, of the authors' three split files."""
+    found: list[tuple[tuple[int, ...], Tensor]] = []
+    for part, labels in (("train", train), ("val", train), ("test", test)):
+        path = Path(f"{prefix}-{part}").expanduser()
+        if not path.is_file():
+            raise L2TError(f"there is no split file {path}; give the common beginning of three split files.")
+        try:
+            classes, indices = torch.load(path, weights_only=True)
+            found.append((tuple(map(int, classes)), torch.tensor(indices, dtype=torch.int64)))
+            if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
+                raise ValueError("classes must be different and not negative")
+        except Exception as error:  # on bytes of any origin the unpickler may raise anything
+            raise L2TError(f"{path} is no torch-saved (classes, indices) of integers; get it again.") from error
+        classes, indices = found[-1]
+        if classes != found[0][0]:
+            raise L2TError(f"{path} names other classes than {prefix}-train; use three files of one split.")
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(labels):
+            raise L2TError(
+                f"{path} names images that are not among the {len(labels)} of the data set; "
+                "use it with the data set that it was made for."
+            )
+        if not torch.isin(labels[indices], torch.tensor(classes)).all():
+            raise L2TError(
+                f"{path} names images of classes that it does not list; use it with the data set that it was made for."
+            )
+    return found[0][0], found[0][1], found[1][1], found[2][1]
+
+
+def _draw(
+    labels: Tensor, pool: Tensor, classes: Sequence[int], count: Callable[[int], int], *key: int
+) -> tuple[Tensor, Tensor]:
+    """`count(n)` of the n images of each class in `pool`, at random by (key, class), and the rest of `pool`.
+
+    labels: int64 [N] of all images; pool and both results: int64 indices of images, in the order of `pool`.
+    """
+    taken = torch.zeros(len(labels), dtype=torch.bool)  # [N]
+    for c in classes:
+        members = pool[labels[pool] == c]
+        order = torch.randperm(len(members), generator=keyed_generator(*key, c))
+        taken[members[order[: count(len(members))]]] = True
+    return pool[taken[pool]], pool[~taken[pool]]
