@@ -3,6 +3,7 @@
 import argparse
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -109,7 +110,8 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript and of pickles of another protocol: the refusal says more
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on bytes of any origin the unpickler may raise anything
         if what := _pickled_object(path):

@@ -51,7 +51,7 @@ def correspond(wanted: State, found: State, place: str) -> dict[str, str]:
     Names decide first, behind the prefix that `find_prefix` finds. What they leave over is put together module by
     module: modules whose entries have the same roles (`weight`, `running_mean`, ...) and shapes. Where several
     modules are alike, their names must tell them apart: behind the names of the blocks they lie in, their names are
-    the same on both sides, and the blocks are numbered on both sides. The order of the file decides nothing.
+    the same on both sides, and the blocks are counted on both sides, up in the order in which they stand.
 
     Entries that the network lacks are left out where all of the network was found behind its prefix and they lie beside
     it, or where they belong to a loss (`criterion.`).
@@ -99,7 +99,8 @@ def _pair_modules(left: State, rest: State, named: set[Kind], prefix: str, place
             and all(there.setdefault(m, o) == o and here.setdefault(o, m) == m for m, o in blocks)
             # A module of this kind was found by name, and this one by a number that differs: numbered from elsewhere?
             and not (kind in named and any(_words(m) == _words(o) for m, o in blocks))
-            and all(_numbered(dict.fromkeys(side)) for side in zip(*blocks, strict=True))
+            and _in_order(modules, dict(zip(mine, (m for m, _ in blocks), strict=True)))
+            and _in_order(theirs[kind], dict(zip(others, (o for _, o in blocks), strict=True)))
         )
         if not clear:
             raise _ambiguous(mine, others, place)
@@ -128,21 +129,23 @@ def _blocks(ours: str, theirs: str) -> tuple[str, str]:
     return ".".join(a), ".".join(b)
 
 
-def _numbers(name: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", name)))
-
-
-def _rank(name: str) -> tuple[tuple[int, ...], str]:
-    return _numbers(name), name
-
-
 def _words(name: str) -> str:
     return re.sub(r"\d+", "", name)
 
 
-def _numbered(blocks: Iterable[str]) -> bool:
-    """Whether their numbers alone put the blocks into order."""
-    return all(a < b for a, b in itertools.pairwise(map(_numbers, blocks)))
+def _rank(name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Word (its plural alike) and numbers of each part of a name: blocks2.0 -> (block, 2), (, 0)."""
+    return [(_words(part).rstrip("s"), tuple(map(int, re.findall(r"\d+", part)))) for part in name.split(".")]
+
+
+def _in_order(modules: list[str], block: Mapping[str, str]) -> bool:
+    """Whether the modules' blocks are counted, up as they stand: the first part that differs is one word, numbered."""
+    ranks = [_rank(b) for b in dict.fromkeys(block[module] for module in modules)]
+    for a, b in itertools.pairwise(ranks):
+        (word, low), (other, high) = next(((x, y) for x, y in zip(a, b, strict=False) if x != y), (("", ()), ("", ())))
+        if word != other or len(low) != len(high) or low >= high:
+            return False
+    return True
 
 
 def _shared(names: Iterable[str]) -> str:
