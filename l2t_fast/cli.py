@@ -9,9 +9,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
-from l2t_fast.training.fit import Interrupted
 
 # The commands import what they run after the arguments are read, so that --help answers at once.
 
@@ -22,9 +21,9 @@ def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
     Without arguments: digits. A small source network learns the digits 0-4, then a target learns 5-9 from ten images
     each, from scratch and with L2T-ww, three seeds; a table and pictures at the end.
     """
-    from l2t_fast.runs import run as experiment
+    from l2t_fast.runs.run import run
 
-    experiment.run(config, Console())
+    run(config, Console())
 
 
 def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
@@ -33,17 +32,17 @@ def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
     Without arguments: all methods on digits, three seeds. The same command goes on after any interruption, and may be
     given more methods, targets and seeds: a cell that is done is not trained again.
     """
-    from l2t_fast.runs import table
+    from l2t_fast.runs.table import run
 
-    if not table.run(config, Console()):
+    if not run(config, Console()):
         raise L2TError("some cells have failed: the table says why; the same command tries them again.")
 
 
 def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Train a source network from scratch; its checkpoint is for --source-weights."""
-    from l2t_fast.runs import run as experiment
+    from l2t_fast.runs import pretrain
 
-    experiment.pretrain(config, Console())
+    pretrain.pretrain(config, Console())
 
 
 def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that bad input raises."""
+"""The one exception that bad input raises, and the one of who was asked to stop."""
 
 
 class L2TError(ValueError):
@@ -10,3 +10,7 @@ class L2TError(ValueError):
 
 class UnfitError(L2TError):
     """The method cannot be had with these networks, though others can."""
+
+
+class Interrupted(Exception):
+    """Raised where the user asked to stop; everything is saved."""

@@ -1,27 +1,33 @@
-"""Checkpoints: written whole or not at all, read with care."""
+"""Files written whole or not at all, checkpoints read with care; torch is loaded for checkpoints alone."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
-
-import torch
-from torch import nn
+from typing import IO, TYPE_CHECKING, Any
 
 from l2t_fast.errors import L2TError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _FORMAT = "l2t_fast.checkpoint.1"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes tensors, numbers, strings and containers of them; an older file stays until this one is whole."""
+    import torch
+
     with _whole(path) as file:
         torch.save({"format": _FORMAT, **content}, file)
 
 
 def save_weights(path: Path, network: nn.Module, classes: int, **more: Any) -> None:
     """Writes the weights of a network as the authors' checkpoints hold them, and `more` numbers and strings."""
+    import torch
+
     state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     with _whole(path) as file:
         torch.save({"state_dict": state, "num_classes": classes, **more}, file)
@@ -53,6 +59,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         L2TError: the file is missing, truncated, or of something else.
     """
+    import torch
+
     if not path.is_file():
         raise L2TError(f"there is no checkpoint {path}: start the run anew.")
     try:

@@ -14,8 +14,10 @@ import torch
 
 from l2t_fast.cli import main
 from l2t_fast.files import load_checkpoint
-from l2t_fast.settings.options import TrainConfig, load_config, resolve, save_config
-from l2t_fast.training.fit import read_metrics
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.options import TrainConfig
+from l2t_fast.settings.stored import load_config, save_config
+from l2t_fast.training.log import read_metrics
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL = ["--target-width", "0.0625", "--source-width", "0.25", "--source-epochs", "1"]
@@ -34,6 +36,23 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert error.startswith("l2t-fast: ")
     assert "Traceback" not in error
     return error.removeprefix("l2t-fast: ")
+
+
+@pytest.mark.parametrize("command", ["", "train", "table", "pretrain", "inspect"])
+def test_help_does_not_load_torch(command: str) -> None:
+    """Loading it takes seconds."""
+    script = f"""
+import sys
+from l2t_fast.cli import main
+try:
+    main({[*command.split(), "--help"]})
+except SystemExit as exit_:
+    assert not exit_.code
+print(*{{"torch", "torchvision", "matplotlib", "scipy"}}.intersection(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "usage: l2t-fast" in done.stdout
+    assert done.stderr.strip() == ""
 
 
 def test_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,11 +26,12 @@ from l2t_fast import L2T, Engine
 from l2t_fast.choices import Mode
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import Data, load_data
+from l2t_fast.errors import Interrupted
 from l2t_fast.methods import METHODS, find_method
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.networks.weights import checkpoint_classes, load_weights
-from l2t_fast.training.fit import Interrupted, Schedule, fit
+from l2t_fast.training.fit import Schedule, fit
 
 
 class _Stopwatch:

@@ -3,18 +3,33 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 
+from l2t_fast.training.watch import Watch
+
 _LINE_EVERY = 5.0  # seconds between two lines where there is no terminal
+
+
+class RunWatch(Watch, Protocol):
+    """A watch that also passes on what an engine says."""
+
+    def say(self, text: str) -> None:
+        """A piece of text, as it comes."""
+
+    def done(self, accuracy: float) -> None:
+        """The training is over, with this accuracy on the test set."""
+
+
+MakeWatch = Callable[[str, int, int], RunWatch]  # (title, epochs, batches of an epoch)
 
 
 class _Speed(ProgressColumn):
@@ -25,7 +40,7 @@ class _Speed(ProgressColumn):
 
 
 class Display:
-    """The progress bar of a run: one task a training."""
+    """The progress bars of a run: one for each training."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -60,7 +75,7 @@ class Display:
 
 
 class TrainingWatch:
-    """Shows one training (the `Watch` of trainer.py) as one task of a display."""
+    """The `RunWatch` that shows one training as one bar of a display."""
 
     def __init__(
         self,

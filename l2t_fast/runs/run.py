@@ -2,138 +2,54 @@
 
 runs/NAME/config.json                       the settings, all of them
           source/                           the training of the source, where there was one
-          METHOD/seed-K/                    a cell, as `cells.py` has it
+          METHOD/seed-K/                    a cell, as `cell.py` has it
           table.md, table.csv, ...          what came out
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from l2t_fast.data.options import DataConfig
-from l2t_fast.data.splits import load_data
 from l2t_fast.errors import L2TError
-from l2t_fast.files import save_weights
-from l2t_fast.networks.architectures import build_model
-from l2t_fast.reports.table import meta_methods, read_column, write_tables
-from l2t_fast.runs import cell as cells
+from l2t_fast.reports.column import read_column
+from l2t_fast.reports.table import write_tables
+from l2t_fast.runs.build import find_device
+from l2t_fast.runs.preflight import preflight
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
-from l2t_fast.settings.options import (
-    OptimConfig,
-    PretrainConfig,
-    SourceConfig,
-    TargetConfig,
-    TrainConfig,
-    check_same,
-    load_config,
-    resolve,
-    save_config,
-)
+from l2t_fast.runs.tasks import column_tasks
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.options import TrainConfig
+from l2t_fast.settings.stored import check_same, load_config, save_config, updated
 
 
-def run(config: TrainConfig, console: Console, complete: Callable[[TrainConfig], TrainConfig] = resolve) -> Path:
+def run(config: TrainConfig, console: Console) -> Path:
     """Trains what `config` asks for and returns the folder of the run.
-
-    complete: fills in what a new run's settings leave out.
 
     Raises:
         Interrupted: stopped by the user, with everything saved.
         L2TError: bad settings, missing data, a folder that exists already, a training that diverged.
     """
-    folder, config = _open(config, complete)
-    seeds, methods = config.seeds or (), config.method or ()
-    # Everything that can be wrong with the settings is found before the folder is made.
-    data = load_data(config.data, seeds[0])
-    device = cells.find_device(config.device)
-    sources = cells.build_sources(config)
-    folders = cells.source_folders(config, folder)
-    if folders:
-        cells.source_data(config)
-    for name in methods:
-        _, learner, start = cells.make_learner(config, name, seeds[0], sources, data, device)
-        cells.check_data(cells.make_engine(config, learner, 0, lambda text: None), config, data)
-        line = cells.describe(config, name, data, learner, start)
-        console.print(f"{line}; {device}", highlight=False, soft_wrap=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.json")
-    console.print(f"folder of the run: [bold]{folder}[/]", highlight=False, soft_wrap=True)
-
-    with Display(console) as display, StopSignal().listening(console) as stop:
-        make_watch = functools.partial(TrainingWatch, display, stop)
-        for s, of_source in enumerate(folders):
-            if not (of_source / "source.pt").exists():
-                cells.train_source(of_source, config, s, device, make_watch)
-        sources = cells.build_sources(config, folders)
-        for seed in seeds:
-            data = load_data(config.data, seed)
-            for name in methods:
-                cell = folder / name / f"seed-{seed}"
-                if not (cell / "result.json").exists():
-                    cells.train_cell(cell, config, name, seed, sources, data, device, make_watch)
-    found = read_column(folder, config, {})
-    for table in write_tables(folder, found.title, [found], methods, meta_methods(methods)):
-        console.print(table)
-    console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True)
+    folder, config = open_run(config, resolve)
+    train(folder, config, console)
     return folder
 
 
-def pretrain(config: PretrainConfig, console: Console) -> Path:
-    """Trains a network from scratch and returns the checkpoint to give as --source-weights.
+def open_run(
+    config: TrainConfig, complete: Callable[[TrainConfig], TrainConfig], flags: Mapping[str, str] | None = None
+) -> tuple[Path, TrainConfig]:
+    """The folder of the run, and its complete settings: of a new one, or of the one that goes on.
 
-    It holds the weights that were best by validation, or the last ones without validation images.
+    Args:
+        complete: fills in what a new run's settings leave out.
+        flags: what the command calls those settings that it calls otherwise than `train`.
 
     Raises:
-        As `run`.
+        L2TError: the folder exists already, or there is none to resume, or it was made with other settings.
     """
-    name = config.name or f"pretrain-{config.data.dataset}-{config.network or 'resnet32'}"
-    given = TrainConfig(
-        name=name,
-        runs=config.runs,
-        resume=config.resume,
-        method=("scratch",),
-        seeds=None if config.seed is None else (config.seed,),
-        device=config.device,
-        data=config.data,
-        target=TargetConfig(config.network, config.width),
-        optim=config.optim,
-    )
-
-    def complete(given: TrainConfig) -> TrainConfig:
-        # A source sees all classes and images that it is given: the limits by default are those of targets.
-        target = TargetConfig(config.network or "resnet32", config.width or 1.0)
-        filled = resolve(dataclasses.replace(given, target=target, seeds=given.seeds or (0,)))
-        return dataclasses.replace(filled, data=given.data, source=SourceConfig())
-
-    try:
-        folder = run(given, console, complete)
-    except L2TError as error:  # of a run that goes on with other settings
-        flags = (("--target-width", "--width"), ("--target", "--network"), ("--seeds", "--seed"))
-        raise L2TError(functools.reduce(lambda text, flag: text.replace(*flag), flags, str(error))) from error
-    made = load_config(folder / "config.json")
-    target, (seed,) = made.target, made.seeds or (0,)
-    assert target.target is not None
-    assert target.target_width is not None
-    classes = load_data(made.data, seed).num_classes
-    network = build_model(target.target, classes, target.target_width)
-    network.load_state_dict(cells.cell_weights(folder / "scratch" / f"seed-{seed}"))
-    path = folder / "source.pt"
-    save_weights(path, network, classes)
-    console.print(
-        f"the checkpoint is [bold]{path}[/]: --source {target.target} --source-weights {path}"
-        + (f" --source-width {target.target_width:g}" if target.target_width != 1 else ""),
-        highlight=False,
-        soft_wrap=True,
-    )
-    return path
-
-
-def _open(config: TrainConfig, complete: Callable[[TrainConfig], TrainConfig]) -> tuple[Path, TrainConfig]:
-    """The folder of the run, and its complete settings."""
     if not config.resume:
         name = config.name or f"{config.data.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = config.runs / name
@@ -152,12 +68,26 @@ def _open(config: TrainConfig, complete: Callable[[TrainConfig], TrainConfig]) -
         if not folder.exists():
             raise L2TError(f"there is no run folder {folder} to resume: start it without --resume.")
     saved = load_config(folder / "config.json")
-    check_same(config, saved, TrainConfig())
-    # Where the data lie and what computes may have changed since.
-    data = dataclasses.replace(saved.data, **_given(config.data, DataConfig(), ("data_root", "workers", "download")))
-    optim = dataclasses.replace(saved.optim, **_given(config.optim, OptimConfig(), ("mode", "memory")))
-    return folder, dataclasses.replace(saved, data=data, optim=optim, **_given(config, TrainConfig(), ("device",)))
+    check_same(config, saved, TrainConfig(), flags=flags)
+    return folder, updated(saved, config, TrainConfig())
 
 
-def _given(config: Any, usual: Any, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
+def train(folder: Path, config: TrainConfig, console: Console) -> None:
+    """Trains, one after the other, what is not done yet; writes the table and the pictures."""
+    methods, device = config.method or (), find_device(config.device)
+    for error in preflight(config, device, console).values():
+        raise error
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.json")
+    console.print(f"folder of the run: [bold]{folder}[/]", highlight=False, soft_wrap=True)
+    sources, cells = column_tasks(folder, folder, config, methods, device)
+    with Display(console) as display, StopSignal().listening(console) as stop:
+        make_watch = functools.partial(TrainingWatch, display, stop)
+        for source in sources:
+            source.run(make_watch)
+        for cell in cells:
+            cell.run(make_watch)
+    column = read_column(folder, config, {})
+    for table in write_tables(folder, column.title, [column], methods):
+        console.print(table)
+    console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ They are spawned: a script that calls this does so under `if __name__ == "__main
 """
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -19,9 +20,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from l2t_fast.errors import L2TError
-from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch, loss_on_host
-from l2t_fast.training.fit import Interrupted
+from l2t_fast.errors import Interrupted, L2TError
+from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch, loss_on_host
 
 _TELL_EVERY = 0.2  # seconds between two messages on the iterations of one training
 _LINE_EVERY = 30.0  # seconds between two lines on one training, where there is no terminal
@@ -40,7 +40,7 @@ class Task(Protocol):
     def folder(self) -> Path:
         """Where it writes: one process at a time."""
 
-    def run(self, make_watch: Callable[[str, int, int], Any]) -> str:
+    def run(self, make_watch: MakeWatch) -> str:
         """Trains, and says in a few words what came out; at once if it is done already."""
 
 
@@ -172,7 +172,7 @@ def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None
         try:
             task.folder.mkdir(parents=True, exist_ok=True)
             with alone(task.folder, stopped):
-                end = "finished", task.run(lambda *of: _RemoteWatch(connection, stopped, *of))
+                end = "finished", task.run(functools.partial(_RemoteWatch, connection, stopped))
         except Interrupted:
             end = "stopped", ""
         except L2TError as error:
@@ -218,7 +218,7 @@ def alone(folder: Path, stopped: Callable[[], bool]) -> Iterator[None]:
 
 
 class _RemoteWatch:
-    """Tells the parent what a `TrainingWatch` wants to know."""
+    """The `RunWatch` of a worker: tells the parent what its `TrainingWatch` wants to know."""
 
     def __init__(self, connection: Connection, stopped: Callable[[], bool], title: str, epochs: int, batches: int):
         self._connection, self.stop_asked = connection, stopped

@@ -1,14 +1,13 @@
 """Epochs of one training: schedule, metrics, validation, checkpoints."""
 
 import itertools
-import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +15,13 @@ from torch import Tensor, nn
 from l2t_fast.data.images import ImageSet
 from l2t_fast.data.splits import Data
 from l2t_fast.engine.engine import Engine
-from l2t_fast.errors import L2TError
-from l2t_fast.files import load_checkpoint, save_checkpoint, save_text
+from l2t_fast.errors import Interrupted, L2TError
+from l2t_fast.files import load_checkpoint, save_checkpoint
+from l2t_fast.training.log import Log
+from l2t_fast.training.state import State, check_finite, checkpoint_content, restore
+from l2t_fast.training.watch import Watch
 
-_READ_EVERY = 50  # iterations whose metrics are read at a time
 _EVAL_BATCH = 250
-
-
-class Interrupted(Exception):
-    """Raised where the user asked to stop; everything is saved."""
-
-
-class Watch(Protocol):
-    """What a training tells those who watch it, and how they stop it."""
-
-    def resumed(self, epoch: int, iteration: int) -> None:
-        """The training goes on from a checkpoint."""
-
-    def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None:
-        """One iteration is done."""
-
-    def evaluating(self, part: str) -> None:
-        """Accuracy on `part` ("validation", "test") is being measured."""
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """One epoch is done; `row` is its line of metrics.jsonl."""
-
-    def stop_asked(self) -> bool:
-        """Whether to save and stop now."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +35,6 @@ class Schedule:
 
     def lr_at(self, epoch: int) -> float:
         return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
-
-
-@dataclass
-class _State:
-    """Where a training stands: `iteration` counts within the epoch."""
-
-    epoch: int = 0
-    iteration: int = 0
-    best_accuracy: float = -1.0
-    best_epoch: int = -1
-    seconds: float = 0.0
 
 
 def fit(
@@ -89,14 +56,14 @@ def fit(
     if batches == 0:
         raise L2TError(f"{len(data.train)} training images are too few: BatchNorm needs batches of two or more.")
     last = folder / "last.pt"
-    state = _restore(last, engine) if last.exists() else _State()
+    state = restore(last, engine) if last.exists() else State()
     if state.epoch or state.iteration:
         watch.resumed(state.epoch, state.iteration)
-    log = _Log(folder / "metrics.jsonl", engine, state, last)
+    log = Log(folder / "metrics.jsonl", (state.epoch, state.iteration), last, engine.learner.pairs)
 
     def save() -> None:
-        _check_state(engine, state, last)
-        save_checkpoint(last, {"engine": engine.state_dict(), "random": _random_state(), "state": vars(state)})
+        check_finite(engine, state, last)
+        save_checkpoint(last, checkpoint_content(engine, state))
 
     start = perf_counter() - state.seconds
     try:
@@ -115,7 +82,7 @@ def fit(
                 watch.evaluating("validation")
                 row["val_accuracy"] = evaluate(network, data.val, watch.stop_asked)
                 if row["val_accuracy"] > state.best_accuracy:
-                    _check_state(engine, state, last)
+                    check_finite(engine, state, last)
                     state.best_accuracy, state.best_epoch = row["val_accuracy"], state.epoch
                     save_checkpoint(folder / "best.pt", {"weights": _weights(network), "epoch": state.epoch})
             state.epoch, state.iteration = state.epoch + 1, 0
@@ -151,7 +118,7 @@ def evaluate(network: nn.Module, images: ImageSet, stop_asked: Callable[[], bool
     return correct.item() / len(images)
 
 
-def _test(folder: Path, network: nn.Module, data: Data, state: _State, watch: Watch) -> dict[str, Any]:
+def _test(folder: Path, network: nn.Module, data: Data, state: State, watch: Watch) -> dict[str, Any]:
     """Test accuracy of the last weights, and of the best by validation; the network keeps the last ones."""
     watch.evaluating("test")
     result = {"test_accuracy_last": evaluate(network, data.test, watch.stop_asked)}
@@ -167,7 +134,7 @@ def _test(folder: Path, network: nn.Module, data: Data, state: _State, watch: Wa
 
 
 def _inputs(
-    engine: Engine, data: Data, schedule: Schedule, state: _State
+    engine: Engine, data: Data, schedule: Schedule, state: State
 ) -> Iterator[tuple[Any, Any, tuple[Tensor, Tensor] | None]]:
     """What `Engine.step` takes, from where the epoch stands to its end."""
 
@@ -195,150 +162,5 @@ def _inputs(
         yield xs, ys, next(val)
 
 
-class _Readback:
-    """Metrics of several iterations on their way to the host."""
-
-    def __init__(self, pending: Sequence[tuple[dict[str, Any], dict[str, Tensor]]]) -> None:
-        self._rows = [row for row, _ in pending]
-        stacked = {name: torch.stack([metrics[name] for _, metrics in pending]) for name in pending[0][1]}
-        self.on_cuda = any(value.is_cuda for value in stacked.values())
-        if self.on_cuda:
-            host = {name: torch.empty_like(v, device="cpu", pin_memory=True) for name, v in stacked.items()}
-            for name, value in stacked.items():
-                host[name].copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(next(iter(stacked.values())).device))
-            stacked = host
-        self._values = stacked
-
-    def rows(self) -> list[dict[str, Any]]:
-        if self.on_cuda:
-            self._arrived.synchronize()
-        values = {name: value.tolist() for name, value in self._values.items()}
-        return [{**row, **{name: values[name][i] for name in values}} for i, row in enumerate(self._rows)]
-
-
-class _Log:
-    """metrics.jsonl: rows stay on the device until there are some, and are read while the device works on."""
-
-    def __init__(self, path: Path, engine: Engine, state: _State, checkpoint: Path) -> None:
-        """Drops lines later than `state`: a killed run may have written more than its checkpoint holds."""
-        self._path, self._checkpoint = path, checkpoint
-        self._pairs = engine.learner.pairs
-        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
-        self._reading: _Readback | None = None
-        rows = read_metrics(path) if path.exists() else []
-        position = (state.epoch, state.iteration)
-        kept = [row for row in rows if (row["epoch"], row.get("iteration", math.inf)) < position]
-        save_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._epoch_rows = [row for row in kept if row["epoch"] == state.epoch]
-
-    def add(self, epoch: int, iteration: int, metrics: dict[str, Tensor], lr: float) -> None:
-        self._pending.append(({"epoch": epoch, "iteration": iteration, "lr": lr}, metrics))
-        if len(self._pending) >= _READ_EVERY:
-            self._finish()  # the rows before these, which have arrived long since
-            self._reading, self._pending = _Readback(self._pending), []
-            if not self._reading.on_cuda:
-                self._finish()
-
-    def flush(self) -> None:
-        """Writes all rows; waits for the device."""
-        self._finish()
-        if self._pending:
-            self._reading, self._pending = _Readback(self._pending), []
-            self._finish()
-
-    def _finish(self) -> None:
-        reading, self._reading = self._reading, None
-        if reading is None:
-            return
-        rows = reading.rows()
-        self._epoch_rows += rows
-        with self._path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        for row in rows:
-            self._check_finite(row)
-
-    def write(self, row: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self._epoch_rows = []
-
-    def summary(self, epoch: int) -> dict[str, Any]:
-        """Means over the iterations of the epoch."""
-        self.flush()
-        rows = self._epoch_rows
-        means: dict[str, Any] = {}
-        for name in rows[0]:
-            if name not in ("epoch", "iteration", "pair_losses"):
-                means[name] = torch.tensor([row[name] for row in rows], dtype=torch.float64).mean(0).tolist()
-        return {"epoch": epoch, **means}
-
-    def _check_finite(self, row: dict[str, Any]) -> None:
-        for name in row:
-            if (name != "loss" and not name.endswith("_loss")) or math.isfinite(row[name]):
-                continue
-            term = "the cross entropy" if name == "loss" else f"the {name.removesuffix('_loss')} loss"
-            of = ""
-            if name == "matching_loss":
-                terms = zip(self._pairs, row["pair_losses"], strict=True)
-                bad = ", ".join(str(tuple(pair)) for pair, loss in terms if not math.isfinite(loss))
-                of = f" of pairs {bad} (source, m, n)"
-            raise L2TError(
-                f"{term}{of} is {row[name]} at epoch {row['epoch']}, iteration {row['iteration']}: "
-                f"{_kept(self._checkpoint)}; lower the learning rate or beta."
-            )
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a killed run left unfinished is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def read_epochs(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that sum up an epoch."""
-    return [row for row in read_metrics(path) if "iteration" not in row]
-
-
-def _check_state(engine: Engine, state: _State, last: Path) -> None:
-    """The losses of an iteration are those before its step, so what the last step made is looked at too."""
-    content = engine.state_dict()
-    for name, tensor in [item for group in ("theta", "momentum", "buffers", "phi") for item in content[group].items()]:
-        if not bool(tensor.isfinite().all()):
-            raise L2TError(
-                f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "
-                f"{_kept(last)}; lower the learning rate or beta."
-            )
-
-
-def _kept(checkpoint: Path) -> str:
-    return f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
-
-
-def _restore(path: Path, engine: Engine) -> _State:
-    content = load_checkpoint(path)
-    try:
-        engine.load_state_dict(content["engine"])
-        _set_random_state(content["random"])
-        return _State(**content["state"])
-    except L2TError as error:
-        raise L2TError(f"checkpoint {path}: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.") from error
-
-
 def _weights(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-def _random_state() -> dict[str, Tensor]:
-    """State of the generators that a training draws from (dropout)."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -1,52 +1,14 @@
-"""What was learned: peakedness by hand, tables and sentences of made-up runs, pictures, runs that are none."""
+"""What was learned: tables, sentences and pictures of made-up runs, and runs that are none."""
 
-import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from matplotlib import image
 from rich.console import Console
 
 from l2t_fast.errors import L2TError
-from l2t_fast.reports.inspection import inspect, peakedness, read_learned, sentences, table_lines, top_weight
-
-PAIRS = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
-PEAKED = peakedness(torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
-UNIFORM = peakedness(torch.full((3, 4), 0.25))
-
-
-def training(
-    cell: Path,
-    history: Sequence[Sequence[float]],
-    *,
-    final: Sequence[float] | None = None,
-    channels: Sequence[dict[str, Any]] | None = None,
-    ended: bool = True,
-    meta: bool = True,
-    prefix: Sequence[str] = ("", "", "", ""),
-) -> None:
-    """A training with λ `history` [epochs, P], and what it learned; `final` None is a fixed λ."""
-    cell.mkdir(parents=True)
-    more = {"meta_loss": 1.0} if meta else {}
-    rows = [{"epoch": e, "pair_weights": weights, "loss": 1.0, **more} for e, weights in enumerate(history)]
-    iterations = [{**row, "iteration": 0, "pair_weights": [9.0] * len(history[0])} for row in rows]
-    lines = [json.dumps(row) + "\n" for both in zip(iterations, rows, strict=True) for row in both]
-    (cell / "metrics.jsonl").write_text("".join(lines))
-    if not ended:
-        return
-    (cell / "result.json").write_text("{}")
-    if meta:
-        pairs = PAIRS[: len(history[0])]
-        learned: dict[str, Any] = {"pairs": [f"{of}{m} → {n}" for of, (m, n) in zip(prefix, pairs, strict=False)]}
-        learned |= {"source": [m for m, _ in pairs], "target": [n for _, n in pairs]}
-        learned |= {"pair_weights": final} if final is not None else {}
-        learned |= {"channels": channels} if channels is not None else {}
-        (cell / "learned.json").write_text(json.dumps(learned))
+from l2t_fast.reports.inspection import inspect, pair_grid, sentences
+from l2t_fast.reports.learned import read_learned
+from tests.reports.shared import PEAKED, UNIFORM, drawn, training
 
 
 def looked_at(folder: Path) -> tuple[str, str]:
@@ -57,40 +19,13 @@ def looked_at(folder: Path) -> tuple[str, str]:
     return (folder / "terminal").read_text(), path.read_text()
 
 
-def drawn(path: Path, width: int) -> None:
-    """A picture at least so wide that has something on it."""
-    pixels = image.imread(path)
-    assert pixels.shape[1] > width
-    assert np.mean(pixels[..., :3].min(-1) < 0.9) > 0.01
-    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
-
-
-def test_peakedness_of_weights_by_hand() -> None:
-    w = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.0, 0.5, 0.0, 0.5]])
-    found = peakedness(w.requires_grad_())
-    # Entropies 7/4 ln 2 and ln 2; rows in falling order (1/2, 1/4, 1/8, 1/8) and (1/2, 1/2, 0, 0).
-    assert found["channels"] == 4
-    assert found["effective"] == pytest.approx(math.exp((1.75 + 1) / 2 * math.log(2)) / 4)
-    assert found["profile"] == pytest.approx([2.0, 1.5, 0.25, 0.25])
-    assert json.loads(json.dumps(found)) == found
-    assert UNIFORM["effective"] == pytest.approx(1)
-    assert PEAKED["effective"] == pytest.approx(0.5)
-
-
-def test_the_weight_on_a_tenth_of_the_channels() -> None:
-    assert top_weight([1.0] * 7) == pytest.approx(0.1)  # whatever 10 % of 7 channels are
-    assert top_weight([2.0, 1.5, 0.25, 0.25]) == pytest.approx(0.4 * 2 / 4)
-    assert top_weight([8.0, 4.0, *[0.5] * 16]) == pytest.approx((8 + 0.8 * 4) / 18)  # 1.8 channels
-    assert top_weight([4.0, 0.0, 0.0, 0.0], share=1.0) == pytest.approx(1)
-
-
 def test_pairs_by_falling_weight_with_their_change_and_their_channels(tmp_path: Path) -> None:
     channels = [PEAKED, UNIFORM, UNIFORM, UNIFORM]
     for seed, shift in enumerate((0.0, 0.2)):
         history = [[1.0, 1.0, 1.0, 1.0], [1.5, 0.5, 2.0 + shift, 0.0]]
         training(tmp_path / f"l2t-ww/seed-{seed}", history, final=[1.5, 0.5, 3.0 + shift, 0.0], channels=channels)
     (learned,) = read_learned(tmp_path)
-    assert table_lines(learned) == [
+    assert pair_grid(learned).lines == [
         ["b → x", "3.10 ± 0.14", "+1.10 ± 0.14", "100.0 ± 0.0", "10.0 ± 0.0"],
         ["a → x", "1.50 ± 0.00", "+0.50 ± 0.00", "50.0 ± 0.0", "20.0 ± 0.0"],
         ["a → y", "0.50 ± 0.00", "−0.50 ± 0.00", "100.0 ± 0.0", "10.0 ± 0.0"],
@@ -103,7 +38,7 @@ def test_pairs_by_falling_weight_with_their_change_and_their_channels(tmp_path: 
     assert "88% of the channels are effective (uniform: 100%; the most peaked pair: 50%)" in said
     assert "hold 12% of the weight" in said
     printed, written = looked_at(tmp_path)
-    for line in table_lines(learned):
+    for line in pair_grid(learned).lines:
         assert f"| {' | '.join(line)} |" in written
     assert "3.10 ± 0.14" in printed
     assert "![l2t-ww](<inspect_l2t-ww.png>)" in written
@@ -131,7 +66,7 @@ def test_fixed_pair_weights_and_a_table_of_columns(tmp_path: Path) -> None:
     found = read_learned(tmp_path)
     methods = ["l2t-w-single", "l2t-ww"]
     assert [(one.column, one.method) for one in found] == [(c, m) for c in ("digits", "letters") for m in methods]
-    assert table_lines(found[0]) == [["a → x", "50.0", "20.0"]]
+    assert pair_grid(found[0]).lines == [["a → x", "50.0", "20.0"]]
     assert sentences(found[0])[0] == "λ is fixed."
     assert "One seed says nothing" in " ".join(sentences(found[1]))
     _, written = looked_at(tmp_path)
@@ -161,7 +96,7 @@ def test_a_run_under_way_tells_how_far_it_is(tmp_path: Path) -> None:
     assert (found.seeds, found.under_way) == ([0, 1], {1: 2})
     assert found.final is not None
     assert found.final[:, 0].tolist() == [1.5, 2.5]  # at the end of training, and in the last epoch so far
-    assert {line[0]: line[3] for line in table_lines(found)}["a → x"] == "50.0"
+    assert {line[0]: line[3] for line in pair_grid(found).lines}["a → x"] == "50.0"
     assert sentences(found)[-1] == "Seed 1 has not ended: 2 epochs so far."
     assert (single.final, single.effective) == (None, None)
     printed, written = looked_at(tmp_path)

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from l2t_fast.networks.architectures import build_model
-from l2t_fast.runs.cell import build_sources, fingerprints
+from l2t_fast.runs.build import build_sources
+from l2t_fast.runs.folder import fingerprints
 from l2t_fast.settings.options import SourceConfig, TrainConfig
 
 

@@ -1,7 +1,5 @@
 """`l2t-fast table`: cells, columns, interruptions."""
 
-import csv
-import dataclasses
 import json
 import os
 import random
@@ -14,42 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from l2t_fast.cli import main
 from l2t_fast.errors import L2TError
 from l2t_fast.files import load_checkpoint
-from l2t_fast.runs import cell as cells
 from l2t_fast.runs import workers
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
-from l2t_fast.settings.options import TableConfig, columns, load_config, load_table, save_config
-from l2t_fast.training.fit import Interrupted, read_metrics
+from l2t_fast.training.log import read_metrics
+from tests.runs.commands import SMALL, arguments, refused, rows, table
 
-SMALL = ["--target-width", "0.0625", "--source-width", "0.25", "--source-epochs", "1", "--jobs", "2", "--threads", "1"]
 METHODS = ["lwf+at", "l2t-ww"]
-
-
-def arguments(runs: Path, name: str, *more: str) -> list[str]:
-    small = SMALL[:-4] if "--jobs" in more else SMALL
-    return ["table", "--runs", str(runs), "--name", name, *small, *more]
-
-
-def table(runs: Path, name: str, *more: str) -> Path:
-    main(arguments(runs, name, *more))
-    return runs / name
-
-
-def rows(folder: Path, name: str = "table.csv") -> list[dict[str, str]]:
-    """Lines of a CSV file without times."""
-    lines = list(csv.DictReader((folder / name).open()))
-    return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *given: str, command: str = "table") -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main([command, *given])
-    assert exit_.value.code == 2
-    return " ".join(capsys.readouterr().err.split()).removeprefix("l2t-fast: ")
 
 
 @pytest.fixture
@@ -173,43 +145,6 @@ def test_two_sources_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (folder / "digits-vgg9_bn-10/inspect_l2t-ww.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pretraining_makes_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(
-        f"pretrain --runs {tmp_path} --name teacher --network resnet8 --width 0.25 --epochs 2 --dataset digits "
-        "--classes 0 1 2".split()
-    )
-    path = tmp_path / "teacher/source.pt"
-    best = load_checkpoint(tmp_path / "teacher/scratch/seed-0/best.pt")["weights"]
-    saved = torch.load(path, weights_only=True)
-    assert saved["num_classes"] == 3
-    assert all(torch.equal(saved["state_dict"][name], tensor) for name, tensor in best.items())
-    config = json.loads((tmp_path / "teacher/config.json").read_text())
-    assert config["data"]["per_class"] is None  # all images, though digits are limited by default for targets
-    path.unlink()
-    main(f"pretrain --runs {tmp_path} --name teacher --resume".split())  # what it has done it does not do again
-    assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["fc.weight"], best["fc.weight"])
-    error = refused(
-        capsys, "--runs", str(tmp_path), "--name", "teacher", "--resume", "--width", "1", command="pretrain"
-    )
-    assert "was made with --width 0.25, not 1.0" in error
-    main(
-        f"train --runs {tmp_path} --name student --source resnet8 --source-width 0.25 --source-weights {path} "
-        "--target-width 0.0625 --epochs 1 --seeds 0 --method fm-single".split()
-    )
-    assert (tmp_path / "student/fm-single/seed-0/result.json").exists()
-
-
-def test_without_validation_images_a_source_is_the_last_one(tmp_path: Path) -> None:
-    main(
-        f"pretrain --runs {tmp_path} --name teacher --network resnet8 --width 0.25 --epochs 1 --dataset digits "
-        "--val-fraction 0".split()
-    )
-    state = load_checkpoint(tmp_path / "teacher/scratch/seed-0/last.pt")["engine"]
-    saved = torch.load(tmp_path / "teacher/source.pt", weights_only=True)["state_dict"]
-    assert torch.equal(saved["conv1.weight"], state["theta"]["target.conv1.weight"])
-    assert torch.equal(saved["bn1.running_mean"], state["buffers"]["bn1.running_mean"])
-
-
 def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--runs", str(tmp_path), "--name", "bad", *SMALL]
     assert "give numbers of images" in refused(capsys, *given, "--per-class", "2,x")
@@ -245,81 +180,6 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path: Path, inline: None
     with pytest.raises(SystemExit):
         table(tmp_path, "hot", *more)
     assert metrics.stat().st_mtime_ns > before
-
-
-class Dies:
-    """A task whose process is killed, as by a lack of memory."""
-
-    title = "doomed"
-    folder: Path
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def run(self, make_watch: Any) -> str:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return "never"
-
-
-class Counts(Dies):
-    title = "counted"
-
-    def run(self, make_watch: Any) -> str:
-        with (self.folder / "runs").open("a") as file:
-            file.write(f"{torch.get_num_threads()}\n")
-        watch = make_watch("counted", 1, 2)
-        for _ in range(2):
-            watch.iteration(0, {"loss": torch.zeros(())})
-            if watch.stop_asked():
-                raise Interrupted
-        return "fine"
-
-
-def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
-    from rich.console import Console
-
-    tasks = [Dies(tmp_path / "a"), Counts(tmp_path / "b"), Counts(tmp_path / "c")]
-    console = Console(file=(tmp_path / "out").open("w"))
-    with Display(console) as display:
-        failed = workers.work_off(tasks, 1, 1, display, StopSignal())
-    assert failed == [(tasks[0], "its process ended with code -9")]
-    assert [(tmp_path / name / "runs").read_text() for name in "bc"] == ["1\n", "1\n"]
-
-
-def test_stopping_leaves_the_rest_undone(tmp_path: Path) -> None:
-    from rich.console import Console
-
-    stop = StopSignal()
-    stop.asked = True
-    with Display(Console(file=(tmp_path / "out").open("w"))) as display, pytest.raises(Interrupted):
-        workers.work_off([Counts(tmp_path / "a")], 1, 1, display, stop)
-    assert not (tmp_path / "a").exists()
-
-
-def test_columns_have_the_defaults_of_their_data_sets() -> None:
-    found = columns(TableConfig(dataset=("digits", "cifar100", "stanford40"), seeds=(3,)))
-    assert list(found) == ["digits-vgg9_bn-10", "cifar100-vgg9_bn", "stanford40-resnet18"]
-    assert [config.optim.batch_size for config in found.values()] == [25, 128, 64]
-    assert found["stanford40-resnet18"].optim.meta_lr == 1e-3
-    assert all(config.seeds == (3,) for config in found.values())
-    with pytest.raises(L2TError, match="each once"):
-        columns(TableConfig(dataset=("digits", "digits")))
-    assert cells.source_folders(found["cifar100-vgg9_bn"], Path("x")) == [Path("x/source")]
-
-
-def test_settings_are_kept_with_the_table(tmp_path: Path) -> None:
-    config = TableConfig(method=("at", "scratch"), settings=("at.weight=5",), threads=3)
-    save_config(config, tmp_path / "table.json")
-    assert load_table(tmp_path / "table.json") == config
-    (column,) = columns(config).values()
-    save_config(column, tmp_path / "config.json")
-    assert load_config(tmp_path / "config.json") == column
-    assert column.settings == ("at.weight=5",)
-    older = json.loads((tmp_path / "config.json").read_text())
-    del older["settings"], older["optim"]["where"]
-    older["source"] |= {"source": "resnet8", "source_width": 1.0}  # of a version with one source
-    (tmp_path / "config.json").write_text(json.dumps(older))
-    assert load_config(tmp_path / "config.json") == dataclasses.replace(column, settings=())
 
 
 def test_other_weights_of_the_same_name_are_seen(

@@ -1,20 +1,16 @@
-"""The picture of what a method learned: pairs by λ, λ over the epochs, weights of the channels."""
-
-from __future__ import annotations
+"""inspect_METHOD.png, what a method learned: pairs by λ, λ over the epochs, weights of the channels."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from l2t_fast.reports.pictures import Array, plot_band, save
-
-if TYPE_CHECKING:
-    from l2t_fast.reports.inspection import Learned
+from l2t_fast.reports.arrays import Array
+from l2t_fast.reports.learned import Learned
+from l2t_fast.reports.pictures.canvas import figure, plot_band, save
 
 _LABELLED = 5  # lines with their name beside them
 
@@ -30,7 +26,7 @@ def plot_learned(path: Path, learned: Learned, title: str) -> None:
     widths = ([0.9 + 0.62 * wide] if matrices else []) + ([4.6] if learned.history is not None else [])
     widths += [3.9] if learned.profiles is not None else []
     height = max(4.2, sum(1.2 + 0.42 * len(_layer_names(learned, s, 1)) for s in matrices))
-    fig = plt.figure(figsize=(sum(widths) + 1.2, height), layout="constrained")
+    fig = figure(sum(widths) + 1.2, height)
     spec = fig.add_gridspec(1, len(widths), width_ratios=widths)
     grid = iter([spec[0, i] for i in range(len(widths))])
     colors = _colors(learned)
@@ -76,19 +72,19 @@ def _legend(fig: Any, learned: Learned, colors: list[Any]) -> None:
 def _matrix(axes: Any, learned: Learned, source: str, highest: float) -> None:
     """λ of every pair of one source, as color and as number."""
     assert learned.final is not None
-    rows, columns = _layer_names(learned, source, 1), _layer_names(learned, source, 2)
-    values = np.full((len(rows), len(columns)), np.nan)
+    ms, ns = _layer_names(learned, source, 1), _layer_names(learned, source, 2)
+    values = np.full((len(ms), len(ns)), np.nan)
     for (s, m, n), weight in zip(learned.layers or [], learned.final.mean(0), strict=True):
         if s == source:
-            values[rows.index(m), columns.index(n)] = weight
+            values[ms.index(m), ns.index(n)] = weight
     top = highest if highest > 0 else 1.0
     axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=top)
     for (i, j), weight in np.ndenumerate(values):
         if not np.isnan(weight):
             color = "white" if weight > 0.6 * top else "black"
             axes.text(j, i, f"{weight:.2f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xticks(range(len(ns)), ns, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(len(ms)), ms, fontsize=8)
     axes.set_xlabel("target layer", fontsize=9)
     axes.set_ylabel(f"layer of source {source}" if source else "source layer", fontsize=9)
     axes.tick_params(length=0)
@@ -128,7 +124,7 @@ def _history(axes: Any, learned: Learned, colors: list[Any]) -> None:
     axes.set_xlabel("epoch", fontsize=9)
     axes.set_ylabel("mean λ in the epoch", fontsize=9)
     axes.set_title("pair weight λ over training", fontsize=10)
-    _plain(axes)
+    _trim(axes)
 
 
 def _spread(values: Array, gap: float, top: float) -> list[float]:
@@ -155,10 +151,10 @@ def _profiles(axes: Any, learned: Learned, colors: list[Any]) -> None:
     axes.set_xlabel("channels, by falling weight (%)", fontsize=9)
     axes.set_ylabel("weight relative to uniform, $C_s\\,w$", fontsize=9)
     axes.set_title("channel weights w at the end", fontsize=10)
-    _plain(axes)
+    _trim(axes)
 
 
-def _plain(axes: Any) -> None:
+def _trim(axes: Any) -> None:
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

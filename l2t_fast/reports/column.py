@@ -1,0 +1,63 @@
+"""A column of a table, as its trainings left it: their results and epochs, and what the paper has beside them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from l2t_fast.reports.published import published
+from l2t_fast.settings.options import TrainConfig
+from l2t_fast.training.log import read_epochs
+
+Epochs = Sequence[Mapping[str, Any]]  # the epoch lines of one metrics.jsonl
+Problems = dict[str, dict[str, str]]  # method: {seed: why there is no result}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. `result` is the content of its result.json; without one, `problem` says why."""
+
+    method: str
+    seed: int
+    result: Mapping[str, Any] | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One target: its cells, what the paper has for it (method: mean, std in %), the epoch lines of its methods.
+
+    Columns of one `group` (not "") differ in `per_class` alone, training images a class, None for all of them.
+    """
+
+    title: str
+    cells: Sequence[Cell]
+    published: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[Epochs]] = field(default_factory=dict)
+    per_class: int | None = None
+    group: str = ""
+
+
+def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column:
+    """The column of a table that a run, in `folder`, is."""
+    cells: list[Cell] = []
+    curves: dict[str, list[Epochs]] = {}
+    for method in config.method or ():
+        for seed in config.seeds or ():
+            path = folder / method / f"seed-{seed}" / "result.json"
+            result = json.loads(path.read_text()) if path.exists() else None
+            why = "" if result else problems.get(method, {}).get(str(seed), "not trained yet")
+            cells.append(Cell(method, seed, result, why))
+            if result:
+                curves.setdefault(method, []).append(read_epochs(path.with_name("metrics.jsonl")))
+    limit = config.data.per_class
+    group = f"{config.data.dataset}, {config.target.target}"
+    return Column(
+        title=group if limit is None else f"{group}, {limit} per class",
+        cells=cells,
+        published=published(config),
+        curves=curves,
+        per_class=limit,
+        group=group,
+    )

@@ -1,0 +1,1 @@
+"""What came out, drawn: a file for each kind of picture."""

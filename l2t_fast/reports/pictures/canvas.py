@@ -1,0 +1,29 @@
+"""What all pictures share."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from l2t_fast.reports.arrays import Array
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty picture, in inches; no window is ever opened for it."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_band(axes: Any, x: Array, curves: Array, shade: float = 0.15, **line: Any) -> None:
+    """The mean of `curves` [seeds, x] ± one sample std, shaded, over the seeds that have a value there."""
+    count = np.sum(~np.isnan(curves), 0)
+    mean = np.where(count > 0, np.nansum(curves, 0) / np.maximum(count, 1), np.nan)
+    std = np.sqrt(np.nansum((curves - mean) ** 2, 0) / np.maximum(count - 1, 1))
+    style = {"marker": "." if len(x) < 30 else None, **line}
+    (drawn,) = axes.plot(x, mean, **style)
+    axes.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=shade, linewidth=0)
+
+
+def save(fig: Any, path: Path) -> None:
+    """Writes the picture as PNG, all of them as finely."""
+    fig.savefig(path, dpi=120)

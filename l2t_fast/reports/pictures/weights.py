@@ -1,0 +1,48 @@
+"""pair_weights.png and channel_weights.png of one training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from l2t_fast.reports.arrays import Array
+from l2t_fast.reports.pictures.canvas import figure, save
+
+
+def plot_pair_weights(path: Path, weights: Sequence[Sequence[float]], names: Sequence[str], title: str) -> None:
+    """Heat map of the mean pair weights λ: pairs down, epochs across. weights: [epochs, P]."""
+    values = np.array(weights).T  # [P, epochs]
+    fig = figure(8, 1.5 + 0.28 * len(names))
+    axes = fig.subplots()
+    epochs = values.shape[1]
+    extent = (0.5, epochs + 0.5, len(names) - 0.5, -0.5)
+    image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="epoch", title=title)
+    fig.colorbar(image, label="mean pair weight λ")
+    save(fig, path)
+
+
+def plot_channel_weights(path: Path, weights: Sequence[Array], names: Sequence[str], title: str) -> None:
+    """A histogram of C_s·w a pair, over images and channels; 1 is uniform. weights: [N, C_s] of each pair."""
+    across = min(5, len(names))
+    down = -(-len(names) // across)
+    fig = figure(2.6 * across, 0.8 + 1.9 * down)
+    grid = fig.subplots(down, across, squeeze=False, sharex=True)
+    scaled = [w * w.shape[1] for w in weights]
+    low, high = min(w.min() for w in scaled), max(w.max() for w in scaled)
+    margin = max(0.02, 0.05 * (high - low))
+    bins = np.linspace(low - margin, high + margin, 41)
+    for axes, w, name in zip(grid.flat, scaled, names, strict=False):
+        axes.hist(w.ravel(), bins=bins, weights=np.full(w.size, 100 / w.size))
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set_title(name, fontsize=8)
+        axes.tick_params(labelsize=7)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    fig.supxlabel("channel weight relative to uniform, C_s · w", fontsize=9)
+    fig.supylabel("% of weights", fontsize=9)
+    fig.suptitle(title)
+    save(fig, path)

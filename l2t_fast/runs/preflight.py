@@ -1,0 +1,48 @@
+"""What can be wrong with a run, found before a folder is made or anything is trained."""
+
+import dataclasses
+
+import torch
+from rich.console import Console
+
+from l2t_fast.data.splits import load_data
+from l2t_fast.errors import L2TError, UnfitError
+from l2t_fast.runs.build import (
+    build_sources,
+    check_data,
+    describe,
+    make_engine,
+    make_learner,
+    source_data,
+    trains_sources,
+)
+from l2t_fast.settings.options import TrainConfig
+
+
+def preflight(config: TrainConfig, device: torch.device, console: Console) -> dict[str, UnfitError]:
+    """Builds all that the run will train, and says a line of each method; returns those that the networks do not suit.
+
+    The networks are built on the CPU: the processes that train may be others, and need the whole `device`.
+
+    Raises:
+        L2TError: data, weights, layers or settings that cannot be had.
+    """
+    optim, seed = config.optim, (config.seeds or (0,))[0]
+    if optim.mode == "graph" and device.type != "cuda":
+        raise L2TError(f"--mode graph needs a CUDA device, not {device}: leave it out.")
+    eager = dataclasses.replace(config, optim=dataclasses.replace(optim, mode="eager"))
+    data = load_data(config.data, seed)
+    sources = build_sources(config)
+    if trains_sources(config):
+        source_data(config)
+    unfit: dict[str, UnfitError] = {}
+    for method in config.method or ():
+        try:
+            _, learner, start = make_learner(config, method, seed, sources, data, torch.device("cpu"))
+            engine = make_engine(eager, learner, 0, lambda text: None)
+        except UnfitError as error:
+            unfit[method] = error
+            continue
+        check_data(engine, config, data)
+        console.print(f"{describe(config, method, data, learner, start)}; {device}", highlight=False, soft_wrap=True)
+    return unfit

@@ -1,0 +1,65 @@
+"""A source network, trained from scratch as a run of its own."""
+
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from l2t_fast.data.splits import load_data
+from l2t_fast.files import save_weights
+from l2t_fast.networks.architectures import build_model
+from l2t_fast.runs.cell import cell_weights
+from l2t_fast.runs.run import open_run, train
+from l2t_fast.settings.defaults import check_least, resolve
+from l2t_fast.settings.options import PretrainConfig, SourceConfig, TargetConfig, TrainConfig
+
+# What `train` calls otherwise.
+_FLAGS = {"target": "network", "target_width": "width", "seeds": "seed"}
+
+
+def pretrain(config: PretrainConfig, console: Console) -> Path:
+    """Trains a network from scratch and returns the checkpoint to give as --source-weights.
+
+    It holds the weights that were best by validation, or the last ones without validation images.
+
+    Raises:
+        As `run`.
+    """
+    if config.seed is not None:
+        check_least("seed", config.seed, 0)
+    name = config.name or f"pretrain-{config.data.dataset}-{config.network or 'resnet32'}"
+    given = TrainConfig(
+        name=name,
+        runs=config.runs,
+        resume=config.resume,
+        method=("scratch",),
+        seeds=None if config.seed is None else (config.seed,),
+        device=config.device,
+        data=config.data,
+        target=TargetConfig(config.network, config.width),
+        optim=config.optim,
+    )
+
+    def complete(given: TrainConfig) -> TrainConfig:
+        # A source sees all classes and images that it is given: the limits by default are those of targets.
+        target = TargetConfig(config.network or "resnet32", config.width or 1.0)
+        filled = resolve(dataclasses.replace(given, target=target, seeds=given.seeds or (0,)))
+        return dataclasses.replace(filled, data=given.data, source=SourceConfig())
+
+    folder, made = open_run(given, complete, _FLAGS)
+    train(folder, made, console)
+    target, (seed,) = made.target, made.seeds or (0,)
+    assert target.target is not None
+    assert target.target_width is not None
+    classes = load_data(made.data, seed).num_classes
+    network = build_model(target.target, classes, target.target_width)
+    network.load_state_dict(cell_weights(folder / "scratch" / f"seed-{seed}"))
+    path = folder / "source.pt"
+    save_weights(path, network, classes)
+    console.print(
+        f"the checkpoint is [bold]{path}[/]: --source {target.target} --source-weights {path}"
+        + (f" --source-width {target.target_width:g}" if target.target_width != 1 else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    return path

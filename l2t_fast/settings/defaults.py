@@ -1,0 +1,126 @@
+"""What the commands do by themselves for each data set, and what excludes each other."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from l2t_fast.choices import DATASETS, LARGE, METHODS
+from l2t_fast.errors import L2TError
+from l2t_fast.settings.options import SourceConfig, TrainConfig
+
+# What `train` does by itself. Small images: the authors' settings (ResNet32 -> VGG9-bn, batch 128); images of 224:
+# theirs for ResNet34 -> ResNet18. Digits: small networks, source classes 0-4, ten labelled images of each of 5-9.
+_SMALL: dict[str, Any] = {
+    "method": ("l2t-ww",),
+    "seeds": (0,),
+    "source": ("resnet32",),
+    "target": "vgg9_bn",
+    "source_width": (1.0,),
+    "target_width": 1.0,
+    "epochs": 200,
+    "batch_size": 128,
+    "lr": 0.1,
+    "meta_lr": 1e-4,
+    "source_epochs": 40,
+}
+_LARGE: dict[str, Any] = {**_SMALL, "source": ("resnet34",), "target": "resnet18", "batch_size": 64}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {
+        **_SMALL,
+        "method": ("scratch", "l2t-ww"),
+        "seeds": (0, 1, 2),
+        "source": ("resnet8",),
+        "target": "vgg9_bn",
+        "target_width": 0.25,
+        "classes": (5, 6, 7, 8, 9),
+        "source_classes": (0, 1, 2, 3, 4),
+        "source_epochs": 10,
+        "per_class": 10,
+        "epochs": 30,
+        "batch_size": 25,
+        "lr": 0.03,
+        "meta_lr": 1e-3,
+    },
+    **{name: _LARGE for name, side in DATASETS.items() if side == LARGE},
+    "stanford40": {**_LARGE, "meta_lr": 1e-3},  # as the authors told (github.com/alinlab/L2T-ww/issues/4)
+}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """`config` with what it leaves out filled in for its data set.
+
+    Raises:
+        L2TError: a number out of range, a method or seed given twice, settings that exclude each other.
+    """
+    source = config.source
+    if source.source_weights is not None and (source.source_classes or source.source_epochs):
+        raise L2TError("a source with --source-weights is not trained: leave out --source-classes and --source-epochs.")
+    defaults = dict(_DEFAULTS.get(config.data.dataset, _SMALL))
+    # Some defaults belong to another: the classes of the source to those of the target, a width to its network.
+    if config.data.classes is not None:
+        defaults.pop("source_classes", None)
+    if config.source.source is not None:
+        defaults["source_width"] = (1.0,)
+    if config.target.target is not None:
+        defaults["target_width"] = 1.0
+
+    def fill(part: Any) -> Any:
+        values = {
+            f.name: defaults[f.name]
+            for f in dataclasses.fields(part)
+            if f.name in defaults and getattr(part, f.name) is None
+        }
+        return dataclasses.replace(part, **values)
+
+    parts = {name: fill(getattr(config, name)) for name in ("data", "source", "target", "optim")}
+    parts["source"] = _for_each_source(parts["source"])
+    filled: TrainConfig = dataclasses.replace(fill(config), **parts)
+    check_least("epochs", filled.optim.epochs, 1)
+    check_least("source-epochs", filled.source.source_epochs, 1)
+    check_least("batch-size", filled.optim.batch_size, 1)
+    for seed in filled.seeds or ():
+        check_least("seeds", seed, 0)
+    check_once("method", filled.method or ())
+    check_once("seeds", filled.seeds or ())
+    _check_methods(filled.method or (), filled.settings)
+    return filled
+
+
+def _check_methods(names: Sequence[str], settings: Sequence[str]) -> None:
+    """Raises L2TError where there is no such method, or a setting that none of them has."""
+    if not settings and set(names) <= set(METHODS):
+        return
+    from l2t_fast.methods import find_method  # and with it torch, which plain settings do without
+
+    methods = [find_method(name, settings) for name in names]
+    used = {f"{term}.{keyword}" for method in methods for term, keyword, _ in method.settings}
+    for setting in settings:
+        if setting.partition("=")[0] not in used:
+            raise L2TError(f"--settings {setting}: none of the methods given has that setting; leave it out.")
+
+
+def _for_each_source(source: SourceConfig) -> SourceConfig:
+    """With one weight file, one width and one list of layers for each source."""
+    names, width = source.source or (), source.source_width or ()
+    width = width * len(names) if len(width) == 1 else width
+    for flag, values in (("source-weights", source.source_weights), ("source-width", width)):
+        if values is not None and len(values) != len(names):
+            raise L2TError(f"--{flag} has {len(values)} values for {len(names)} sources: give one for each --source.")
+    if len(names) > 1 and source.source_layers is not None and len(source.source_layers) != len(names):
+        raise L2TError(
+            f"--source-layers has {len(source.source_layers)} lists for {len(names)} sources: join the layers of each "
+            "source by commas."
+        )
+    return dataclasses.replace(source, source_width=width)
+
+
+def check_least(flag: str, value: int | None, least: int) -> None:
+    """Raises L2TError where a value is missing, or less than `least`."""
+    if value is None or value < least:
+        raise L2TError(f"--{flag} {value} is too small: give at least {least}.")
+
+
+def check_once(flag: str, values: Sequence[Any]) -> None:
+    """Raises L2TError where a value is missing, or given twice."""
+    if not values or len(set(values)) < len(values):
+        raise L2TError(f"--{flag} {' '.join(map(str, values))}: give at least one, and each once.")

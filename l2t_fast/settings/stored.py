@@ -1,0 +1,112 @@
+"""Settings on disk: config.json of a run, table.json of a table; going on with what was made with the same."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from l2t_fast.errors import L2TError
+from l2t_fast.files import save_text
+from l2t_fast.settings.options import TableConfig, TrainConfig
+
+# What may have changed when a run goes on: where the data lie, and what computes; and how it is called.
+ANEW = ("device", "mode", "memory", "data_root", "workers", "download")
+FREE = (*ANEW, "name", "runs", "resume")
+
+
+def check_same(
+    given: Any,
+    saved: Any,
+    default: Any,
+    what: str = "the run",
+    free: Sequence[str] = FREE,
+    flags: Mapping[str, str] | None = None,
+) -> None:
+    """Raises L2TError where `what` goes on with other settings than its own; `free` ones may differ.
+
+    Args:
+        default: what counts as not given.
+        flags: what the command calls those settings that it calls otherwise.
+    """
+    for f in dataclasses.fields(given):
+        ours, theirs, usual = getattr(given, f.name), getattr(saved, f.name), getattr(default, f.name)
+        if dataclasses.is_dataclass(ours):
+            check_same(ours, theirs, usual, what, free, flags)
+        elif f.name not in free and ours not in (usual, theirs):
+            flag = (flags or {}).get(f.name, f.name.replace("_", "-"))
+            raise L2TError(
+                f"{what} was made with --{flag} {_shown(theirs)}, not {_shown(ours)}: give the same settings again, or "
+                "another --name."
+            )
+
+
+def updated(saved: Any, given: Any, default: Any) -> Any:
+    """`saved`, with what of `ANEW` is given; `default` counts as not given."""
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(saved):
+        ours, theirs, usual = getattr(given, f.name), getattr(saved, f.name), getattr(default, f.name)
+        if dataclasses.is_dataclass(theirs):
+            changes[f.name] = updated(theirs, ours, usual)
+        elif f.name in ANEW and ours != usual:
+            changes[f.name] = ours
+    return dataclasses.replace(saved, **changes)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, tuple) else str(value)
+
+
+def save_config(config: TrainConfig | TableConfig, path: Path) -> None:
+    """Writes `config` as JSON."""
+    save_text(path, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """What `save_config` wrote of a run.
+
+    Raises:
+        L2TError: the file is missing or is no such configuration.
+    """
+    config: TrainConfig = _load(TrainConfig, path, "resume a folder that `l2t-fast train` made")
+    return config
+
+
+def load_table(path: Path) -> TableConfig:
+    """What `save_config` wrote of a table.
+
+    Raises:
+        L2TError: the file is missing or is no such configuration.
+    """
+    config: TableConfig = _load(TableConfig, path, "give a folder that `l2t-fast table` made")
+    return config
+
+
+def _load(cls: Any, path: Path, advice: str) -> Any:
+    try:
+        return _build(cls, json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise L2TError(f"{path} is not the configuration of a run: {advice}.") from error
+
+
+def _build(cls: Any, values: dict[str, Any]) -> Any:
+    """A configuration from JSON: lists become tuples, the paths paths, nested dictionaries their own class.
+
+    What a run of an older version does not say is as it is by default.
+    """
+    arguments: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        if f.name not in values:
+            continue
+        value = values.pop(f.name)
+        if isinstance(value, dict):
+            arguments[f.name] = _build(f.default_factory, value)
+        elif f.name in ("runs", "data_root"):
+            arguments[f.name] = Path(value)
+        elif f.name in ("source", "source_weights", "source_width") and value is not None:
+            arguments[f.name] = tuple(value) if isinstance(value, list) else (value,)
+        else:
+            arguments[f.name] = tuple(value) if isinstance(value, list) else value
+    if values:
+        raise KeyError(*values)
+    return cls(**arguments)

@@ -1,0 +1,137 @@
+"""metrics.jsonl, a line an iteration and a line an epoch: written by a training, read without torch by who looks on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2t_fast.errors import L2TError
+from l2t_fast.files import save_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_READ_EVERY = 50  # iterations whose metrics are read back at a time
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a killed run left unfinished is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that sum up an epoch."""
+    return [row for row in read_metrics(path) if "iteration" not in row]
+
+
+class _Readback:
+    """Metrics of several iterations on their way to the host."""
+
+    def __init__(self, pending: Sequence[tuple[dict[str, Any], dict[str, Tensor]]]) -> None:
+        import torch
+
+        self._rows = [row for row, _ in pending]
+        stacked = {name: torch.stack([metrics[name] for _, metrics in pending]) for name in pending[0][1]}
+        self.on_cuda = any(value.is_cuda for value in stacked.values())
+        if self.on_cuda:
+            host = {name: torch.empty_like(v, device="cpu", pin_memory=True) for name, v in stacked.items()}
+            for name, value in stacked.items():
+                host[name].copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(next(iter(stacked.values())).device))
+            stacked = host
+        self._values = stacked
+
+    def rows(self) -> list[dict[str, Any]]:
+        if self.on_cuda:
+            self._arrived.synchronize()
+        values = {name: value.tolist() for name, value in self._values.items()}
+        return [{**row, **{name: values[name][i] for name in values}} for i, row in enumerate(self._rows)]
+
+
+class Log:
+    """metrics.jsonl: rows stay on the device until there are some, and are read while the device works on."""
+
+    def __init__(self, path: Path, start: tuple[int, int], checkpoint: Path, pairs: Sequence[tuple[int, ...]]) -> None:
+        """Drops lines from `start` on: a killed run may have written more than its checkpoint holds.
+
+        Args:
+            start: (epoch, iteration) where the training goes on.
+            checkpoint, pairs: what an error names, the last good state and the (source, m, n) that went wrong.
+        """
+        self._path, self._checkpoint, self._pairs = path, checkpoint, pairs
+        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self._reading: _Readback | None = None
+        rows = read_metrics(path) if path.exists() else []
+        kept = [row for row in rows if (row["epoch"], row.get("iteration", math.inf)) < start]
+        save_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._epoch_rows = [row for row in kept if row["epoch"] == start[0]]
+
+    def add(self, epoch: int, iteration: int, metrics: dict[str, Tensor], lr: float) -> None:
+        """Takes the metrics of one iteration, on their device."""
+        self._pending.append(({"epoch": epoch, "iteration": iteration, "lr": lr}, metrics))
+        if len(self._pending) >= _READ_EVERY:
+            self._finish()  # the rows before these, which have arrived long since
+            self._reading, self._pending = _Readback(self._pending), []
+            if not self._reading.on_cuda:
+                self._finish()
+
+    def flush(self) -> None:
+        """Writes all rows; waits for the device."""
+        self._finish()
+        if self._pending:
+            self._reading, self._pending = _Readback(self._pending), []
+            self._finish()
+
+    def _finish(self) -> None:
+        reading, self._reading = self._reading, None
+        if reading is None:
+            return
+        rows = reading.rows()
+        self._epoch_rows += rows
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            self._check_finite(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes the line of an epoch, which is over."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._epoch_rows = []
+
+    def summary(self, epoch: int) -> dict[str, Any]:
+        """Means over the iterations of the epoch."""
+        import torch
+
+        self.flush()
+        rows = self._epoch_rows
+        means: dict[str, Any] = {}
+        for name in rows[0]:
+            if name not in ("epoch", "iteration", "pair_losses"):
+                means[name] = torch.tensor([row[name] for row in rows], dtype=torch.float64).mean(0).tolist()
+        return {"epoch": epoch, **means}
+
+    def _check_finite(self, row: dict[str, Any]) -> None:
+        for name in row:
+            if (name != "loss" and not name.endswith("_loss")) or math.isfinite(row[name]):
+                continue
+            term = "the cross entropy" if name == "loss" else f"the {name.removesuffix('_loss')} loss"
+            whose = ""
+            if name == "matching_loss":
+                terms = zip(self._pairs, row["pair_losses"], strict=True)
+                bad = ", ".join(str(tuple(pair)) for pair, loss in terms if not math.isfinite(loss))
+                whose = f" of pairs {bad} (source, m, n)"
+            raise L2TError(
+                f"{term}{whose} is {row[name]} at epoch {row['epoch']}, iteration {row['iteration']}: "
+                f"{what_is_kept(self._checkpoint)}; lower the learning rate or beta."
+            )
+
+
+def what_is_kept(checkpoint: Path) -> str:
+    """Where a training that broke off can go on, for the error that says so."""
+    return f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"

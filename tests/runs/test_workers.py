@@ -1,0 +1,59 @@
+"""Processes that work off tasks: one that dies, and a user who stops."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from l2t_fast.errors import Interrupted
+from l2t_fast.runs import workers
+from l2t_fast.runs.progress import Display, StopSignal
+
+
+class Dies:
+    """A task whose process is killed, as by a lack of memory."""
+
+    title = "doomed"
+    folder: Path
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, make_watch: Any) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return "never"
+
+
+class Counts(Dies):
+    title = "counted"
+
+    def run(self, make_watch: Any) -> str:
+        with (self.folder / "runs").open("a") as file:
+            file.write(f"{torch.get_num_threads()}\n")
+        watch = make_watch("counted", 1, 2)
+        for _ in range(2):
+            watch.iteration(0, {"loss": torch.zeros(())})
+            if watch.stop_asked():
+                raise Interrupted
+        return "fine"
+
+
+def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    tasks = [Dies(tmp_path / "a"), Counts(tmp_path / "b"), Counts(tmp_path / "c")]
+    console = Console(file=(tmp_path / "out").open("w"))
+    with Display(console) as display:
+        failed = workers.work_off(tasks, 1, 1, display, StopSignal())
+    assert failed == [(tasks[0], "its process ended with code -9")]
+    assert [(tmp_path / name / "runs").read_text() for name in "bc"] == ["1\n", "1\n"]
+
+
+def test_stopping_leaves_the_rest_undone(tmp_path: Path) -> None:
+    stop = StopSignal()
+    stop.asked = True
+    with Display(Console(file=(tmp_path / "out").open("w"))) as display, pytest.raises(Interrupted):
+        workers.work_off([Counts(tmp_path / "a")], 1, 1, display, stop)
+    assert not (tmp_path / "a").exists()

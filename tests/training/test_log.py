@@ -1,0 +1,48 @@
+"""metrics.jsonl: what is written comes back, also from a file that a killed run left."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from l2t_fast.errors import L2TError
+from l2t_fast.training.log import Log, read_epochs, read_metrics
+
+
+def opened(path: Path, start: tuple[int, int] = (0, 0)) -> Log:
+    return Log(path / "metrics.jsonl", start, path / "last.pt", [(0, 0, 1), (0, 1, 1)])
+
+
+def test_rows_come_back_and_an_epoch_is_their_mean(tmp_path: Path) -> None:
+    log = opened(tmp_path)
+    for i, loss in enumerate((1.0, 2.0, 4.5)):
+        log.add(0, i, {"loss": torch.tensor(loss), "pair_losses": torch.tensor([loss, 0.0])}, lr=0.1)
+    row = log.summary(0)
+    assert row == {"epoch": 0, "lr": pytest.approx(0.1), "loss": 2.5}
+    log.write({**row, "val_accuracy": 0.5})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line.get("iteration") for line in rows] == [0, 1, 2, None]
+    assert rows[2] == {"epoch": 0, "iteration": 2, "lr": 0.1, "loss": 4.5, "pair_losses": [4.5, 0.0]}
+    assert read_epochs(tmp_path / "metrics.jsonl") == [{**row, "val_accuracy": 0.5}]
+
+
+def test_lines_later_than_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    lines = [{"epoch": e, "iteration": i, "loss": 10.0 * e + i} for e in range(2) for i in range(3)]
+    lines.insert(3, {"epoch": 0, "loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 1, "it')
+    log = opened(tmp_path, start=(1, 1))
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines[:5]
+    log.add(1, 1, {"loss": torch.tensor(20.0)}, lr=0.1)
+    assert log.summary(1)["loss"] == 15.0  # of the line that was kept, and the new one
+
+
+def test_what_is_not_finite_is_written_and_named(tmp_path: Path) -> None:
+    log = opened(tmp_path)
+    losses = {"matching_loss": torch.tensor(math.nan), "pair_losses": torch.tensor([1.0, math.nan])}
+    log.add(0, 0, losses, lr=0.1)
+    with pytest.raises(L2TError, match=r"matching loss of pairs \(0, 1, 1\) .* is nan .*nothing was saved yet"):
+        log.flush()
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(row["matching_loss"])
