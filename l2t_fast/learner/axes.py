@@ -107,17 +107,37 @@ def viewed(axes: Axes, shape: Sequence[int]) -> Axes:
 
 def agreed(a: Axis, b: Axis) -> Axis:
     """One axis of two operands that act on each other entry by entry: what either knows, nothing if they differ."""
-
-    def words(axis: Axis) -> list[tuple[str, int, int, bool]]:
-        return [(part.kind, part.size, part.before, part.spans) for part in axis]
-
-    if not any(part.kind for part in b):
+    if not _known(b):
         return a
-    if not any(part.kind for part in a):
+    if not _known(a):
         return b
-    if words(a) != words(b):
-        return unknown(size_of(a))
-    return b if any(part.shift for part in a) else a
+    return _merged(a, b) or _merged(b, a) or unknown(size_of(a))
+
+
+def _known(axis: Axis) -> list[Part]:
+    return [part for part in axis if part.kind]
+
+
+def _merged(a: Axis, b: Axis) -> Axis | None:
+    """The parts of a, where it knows nothing those of b; None if they differ or do not lie on each other."""
+    pieces = viewed((b,), [part.size for part in a])
+    if _known(tuple(part for piece in pieces for part in piece)) != _known(b):
+        return None
+    merged: list[Part] = []
+    for part, piece in zip(a, pieces, strict=True):
+        if not part.kind:
+            merged.extend(piece)
+        elif not _known(piece):
+            merged.append(part)
+        elif len(piece) == 1 and _alike(part, piece[0]):
+            merged.append(piece[0] if part.shift else part)
+        else:
+            return None
+    return _joined(merged)
+
+
+def _alike(a: Part, b: Part) -> bool:
+    return (a.kind, a.size, a.before, a.spans) == (b.kind, b.size, b.before, b.spans)
 
 
 def broadcast(operands: Sequence[Axes], shape: Sequence[int]) -> Axes:

@@ -130,6 +130,15 @@ def test_mixed_positions_of_a_mixer_are_refused(layer: str) -> None:
         find_layout(feature, trail, layer, "target")
 
 
+@pytest.mark.slow
+def test_tokens_in_another_order_are_refused() -> None:
+    """Hiera's 56 x 56 tokens stand by windows: a grid of sqrt(N) would scramble them silently."""
+    hiera = pytest.importorskip("timm").create_model("hiera_tiny_224").eval()
+    (feature,), trail = features_of(hiera, ["blocks.0"], images(224, 224))
+    with pytest.raises(L2TError, match=re.escape("layer 'blocks.0' of the target gives [2, 3136, 96], and no axes")):
+        find_layout(feature, trail, "blocks.0", "target")
+
+
 def check(build: Callable[[], nn.Module], size: tuple[int, int], expected: str) -> None:
     torch.manual_seed(0)
     network = build().eval().double()
