@@ -97,6 +97,8 @@ class Iteration:
     def real_gradient(self, steps: Steps, batch: Batch) -> Gradient:
         """∇(L_org + L_wfm) at θ; the forward pass changes the target's buffers, or gives them back changed."""
         theta = {name: p.detach() for name, p in self.trained.theta.items()}
+        if not steps.functional:
+            theta = {name: p.requires_grad_() for name, p in theta.items()}
         buffers = dict(self.learner.target.named_buffers()) if steps.functional else {}
         return steps.gradient(Kind(0, task=True, matching=True), False, theta, batch, buffers)
 
