@@ -8,6 +8,7 @@ from torch import nn
 
 from l2t_fast.choices import Memory, Mode
 from l2t_fast.errors import L2TError
+from l2t_fast.learner.places import MODULE_OWN
 
 _COMPILE_FROM = 50_000  # iterations from which "auto" expects torch.compile to win back its minutes; a guess
 _HARMLESS_HOOKS = ("WeightNorm", "SpectralNorm")  # PyTorch's own, which only compute
@@ -61,19 +62,20 @@ def user_hooks(target: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, "the hook"
 
 
-def settings_of(target: nn.Module) -> tuple[Any, ...]:
-    """What a captured or compiled iteration has frozen of a network's Python: modes, classes, simple attributes, hooks.
+def settings_of(target: nn.Module) -> list[Any]:
+    """What a captured or compiled iteration has frozen of a network's Python: classes, simple attributes, hooks.
 
     Two that differ mean that it must be made anew.
     """
-    return tuple(
-        (
-            type(module),
-            tuple((key, value) for key, value in module.__dict__.items() if isinstance(value, _SIMPLE)),
-            *(tuple(getattr(module, f"_{kind}_hooks")) for kind in ("forward", "forward_pre", "backward")),
-        )
-        for module in target.modules()
-    )
+    found: list[Any] = []
+    for module in target.modules():
+        own = vars(module)
+        found += (type(module), own["training"])
+        found += [value for key, value in own.items() if key not in MODULE_OWN and type(value) in _SIMPLE]
+        found += [tuple(own[kind]) for kind in _HOOKS if own[kind]]
+    found += [tuple(p._backward_hooks) for p in target.parameters() if p._backward_hooks]
+    return found
 
 
-_SIMPLE = (bool, int, float, str, type(None), tuple)
+_SIMPLE = frozenset((bool, int, float, str, type(None), tuple, torch.Size))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
