@@ -142,7 +142,10 @@ NETS = [
         "maxpool1 Mixed_5b",
         init_weights=False,
         logits=0,
-        heads=lambda: {"AuxLogits.conv1": inception.BasicConv2d(128, 768, kernel_size=1)},
+        heads=lambda: {
+            "AuxLogits.conv1": inception.BasicConv2d(128, 768, kernel_size=1),  # else its images are of 299²
+            **{f"Mixed_{block}": nn.Identity() for block in ("5d", "6c", "6d", "7c")},
+        },
     ),
     Net("maxvit_t", 64, ("blocks.0", "blocks.1"), maxvit_small),
     tv("mnasnet0_5", 32, "layers.8 layers.9", {"layers.10": 1, "layers.12": 1}),
@@ -150,7 +153,7 @@ NETS = [
     tv("mobilenet_v2", 32, "features.3 features.6"),
     tv("mobilenet_v3_large", 32, "features.3 features.6"),
     tv("mobilenet_v3_small", 32, "features.1 features.3"),
-    tv("regnet_x_400mf", 32, "trunk_output.block1 trunk_output.block2"),
+    tv("regnet_x_400mf", 64, "trunk_output.block1 trunk_output.block2"),
     tv("regnet_y_400mf", 32, "trunk_output.block1 trunk_output.block2"),
     tv("regnet_y_800mf", 32, "trunk_output.block1 trunk_output.block3"),
     tv("resnet18", 32, "layer1 layer2 layer3"),
@@ -196,11 +199,11 @@ NETS = [
     tm("skresnet18", 32, "layer1 layer2"),
     tm("regnety_002", 32, "s1 s2"),
     tm("lcnet_050", 32, "blocks.1 blocks.2"),
-    tm("mobilenetv4_conv_small", 32, "blocks.0 blocks.1"),
+    tm("mobilenetv4_conv_small", 64, "blocks.0 blocks.1"),
     tm("fastvit_t8", 64, "stages.0 stages.1"),
     tm("starnet_s1", 32, "stages.0 stages.1"),
     tm("tinynet_e", 32, "blocks.1 blocks.2"),
-    tm("dla34", 32, "level2 level3"),
+    tm("dla34", 64, "level2 level3"),
     tm("ese_vovnet19b_dw", 32, "stages.0 stages.1"),
     tm("inception_next_atto", 32, "stages.0 stages.1"),
     tm("efficientvit_b0", 32, "stages.0 stages.1"),
@@ -211,7 +214,7 @@ NETS = [
     tm("coatnet_nano_rw_224", 64, "stem stages.0", {f"stages.{i}.blocks": 1 for i in range(4)}, img_size=64),
     tm("repvit_m0_9", 32, "stages.0 stages.1", {"stages.2.blocks": 1, "stages.3.blocks": 1}),
     tm("hgnetv2_b0", 32, "stages.0 stages.1"),
-    tm("rexnet_100", 32, "features.2 features.4"),
+    tm("rexnet_100", 64, "features.2 features.4"),
 ]
 
 
