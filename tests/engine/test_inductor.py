@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from l2t_fast import Engine
-from tests.engine.test_engine import batch, small_learner
+from tests.engine.shared import batch, small_learner
 from tests.shared import engine, error, everything
 
 

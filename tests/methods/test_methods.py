@@ -107,7 +107,7 @@ def plain_matching(pairs: Sequence[tuple[int, int]], beta: float = 0.5) -> Calla
 
 
 # Before φ has learned anything w is uniform, so that the learned methods start as feature matching; λ of l2t-ww is in
-# tests/test_reference.py and tests/test_engine.py.
+# tests/reference and tests/engine/test_engine.py.
 PLAIN: dict[str, Callable[..., Tensor]] = {
     "scratch": lambda teachers, target, of, x: x.new_zeros(()),
     "finetune": lambda teachers, target, of, x: x.new_zeros(()),
