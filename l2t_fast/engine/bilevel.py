@@ -11,7 +11,7 @@ from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine.inner_step import Theta
 from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.kernels.sgd.step import sgd_adjoint_, sgd_step
-from l2t_fast.learner.backward_hooks import sweeping
+from l2t_fast.learner.hooks import sweeping
 
 Outer = Callable[[Theta], Tensor]
 
