@@ -18,8 +18,8 @@ from tests.data.samples import (
     SHARED,
     fingerprints,
     normalised,
-    prepare,
     save_split,
+    sort_by_part,
     write_cifar,
     write_photographs,
 )
@@ -61,7 +61,7 @@ def test_split_files_fit_both_layouts(name: str, tmp_path: Path) -> None:
         root.mkdir(parents=True)
         parts = write_photographs(root, name)
     folder = {"cub200": "images"}.get(name, "Images")
-    prepare(prepared, parts, prepared / folder, remove=True)
+    sort_by_part(prepared, parts, prepared / folder, remove=True)
     every = range(PHOTOGRAPHS[name])
     indices = ([2 * c for c in every], [2 * c + 1 for c in every][::-1], [5, 3])
     split = save_split(tmp_path / name, *((list(every), part) for part in indices))

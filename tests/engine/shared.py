@@ -20,13 +20,13 @@ Batch = tuple[Tensor, Tensor]
 Tensors = dict[str, Tensor]
 
 
-def batch(seed: int, size: int) -> Batch:
+def small_batch(seed: int, size: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(BATCH, 3, size, size, generator=generator, dtype=torch.float64)
     return x, torch.randint(CLASSES, (BATCH,), generator=generator)
 
 
-X, Y = batch(0, 8)
+X, Y = small_batch(0, 8)
 
 
 def block(c_in: int, c_out: int, stride: int, act: nn.Module) -> nn.Sequential:
@@ -49,7 +49,7 @@ def small_learner(target: nn.Module | None = None, **options: Any) -> L2T:
     """One source of 4x4 and 2x2 features, a target of 4x4 and 2x2, 8x8 images."""
     torch.manual_seed(0)
     options = {"source_layers": ["0", "1"], "target_layers": ["0", "2"], **options}
-    learner = L2T(source_net((2, 2)), target or small_net(), example=batch(0, 8)[0], **options)
+    learner = L2T(source_net((2, 2)), target or small_net(), example=small_batch(0, 8)[0], **options)
     randomise(learner)
     return learner
 
@@ -74,7 +74,7 @@ def assert_close(actual: Tensors, expected: Tensors, relative: float = 1e-10) ->
     assert difference <= relative * size, f"relative difference {difference / size:.1e}"
 
 
-def everything(engine: Engine) -> dict[str, Any]:
+def snapshot(engine: Engine) -> dict[str, Any]:
     """Copies of all that an iteration might change."""
     learner = engine.learner
     state = engine.state_dict()
@@ -100,7 +100,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
 ENGINE = {"lr", "momentum", "weight_decay", "nesterov", "meta_lr", "meta_weight_decay", "beta", "inner_steps", "scheme"}
 
 
-def twins(
+def beside_the_reference(
     target: nn.Module,
     target_layers: Sequence[str],
     *,
@@ -120,14 +120,14 @@ def twins(
     networks = {
         "source_layers": [["0", "1"]] * len(sources),
         "target_layers": target_layers,
-        "example": batch(0, size)[0],
+        "example": small_batch(0, size)[0],
         **{k: v for k, v in options.items() if k not in ENGINE},
     }
     learner = L2T(sources, copy.deepcopy(target), **networks)
     randomise(learner)
     engine = Engine(learner, **settings, memory=memory)
     for seed in range(warm):
-        engine.step(*batch(seed, size), val=batch(9, size))
+        engine.step(*small_batch(seed, size), val=small_batch(9, size))
     reference = Reference(copy.deepcopy(sources), target, **{**networks, "pairs": learner.pairs}, **settings)
     take_state(reference, copy.deepcopy(engine.state_dict()))
     return engine, reference
@@ -185,7 +185,7 @@ def with_dropout() -> tuple[nn.Module, list[str]]:
     return small_net(middle=nn.Dropout(0.3)), ["0", "2"]
 
 
-def name_of(case: Any) -> str:
+def case_id(case: Any) -> str:
     return case.__name__ if callable(case) else "-".join(f"{k}={v}" for k, v in case.items())
 
 

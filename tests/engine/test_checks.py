@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from l2t_fast import L2T, Engine, L2TError
-from tests.engine.shared import CLASSES, X, Y, assert_identical, batch, everything, small_learner, small_net, source_net
+from tests.engine.shared import (
+    CLASSES,
+    X,
+    Y,
+    assert_identical,
+    small_batch,
+    small_learner,
+    small_net,
+    snapshot,
+    source_net,
+)
 
 pytestmark = pytest.mark.core
 
@@ -55,11 +65,11 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 )
 def test_bad_batches(arguments: tuple[Any, ...], message: str) -> None:
     engine = Engine(small_learner())
-    before = everything(engine)
+    before = snapshot(engine)
     for function in (engine.step, engine.meta_gradient):
         with pytest.raises(L2TError, match=message):
             function(*arguments)
-        assert_identical(everything(engine), before)
+        assert_identical(snapshot(engine), before)
 
 
 def test_simulation_needs_its_batches() -> None:
@@ -114,7 +124,7 @@ def test_nothing_to_train() -> None:
 
 def test_a_hardsigmoid_is_refused_before_anything_is_trained() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.Flatten(), nn.Linear(144, 3)).double()
-    learner = L2T(small_net(nn.ReLU()), network, source_layers=["0"], target_layers=["0"], example=batch(0, 8)[0])
+    learner = L2T(small_net(nn.ReLU()), network, source_layers=["0"], target_layers=["0"], example=small_batch(0, 8)[0])
     with pytest.raises(L2TError, match="'1' of the target is a Hardsigmoid"):
         Engine(learner)
 
@@ -122,4 +132,4 @@ def test_a_hardsigmoid_is_refused_before_anything_is_trained() -> None:
 def test_one_network_as_source_and_target_is_refused() -> None:
     network = small_net(nn.ReLU())
     with pytest.raises(L2TError, match="share parameters: give the target a copy"):
-        L2T(network, network, source_layers=["0"], target_layers=["0"], example=batch(0, 8)[0])
+        L2T(network, network, source_layers=["0"], target_layers=["0"], example=small_batch(0, 8)[0])

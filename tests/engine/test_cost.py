@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from l2t_fast import Engine
 from l2t_fast.engine import bilevel
 from l2t_fast.engine import inner_step as inner
-from tests.engine.shared import BATCH, Tensors, X, Y, assert_close, batch, flops, small_learner, small_net
+from tests.engine.shared import BATCH, Tensors, X, Y, assert_close, flops, small_batch, small_learner, small_net
 
 pytestmark = pytest.mark.core
 
@@ -52,7 +52,7 @@ def test_recompute_holds_one_step_and_save_holds_all(scheme: bilevel.Scheme) -> 
     for memory, steps in itertools.product(("save", "recompute"), (2, 6)):
         engine = Engine(small_learner(), scheme=scheme, inner_steps=steps, memory=memory)  # type: ignore[arg-type]
         with LiveStorages(track_peak=True) as tracker:
-            gradients[memory, steps] = engine.meta_gradient(*batch(1, 16), batch(2, 16))
+            gradients[memory, steps] = engine.meta_gradient(*small_batch(1, 16), small_batch(2, 16))
         peaks[memory, steps] = tracker.peak
     start = 2 * sum(p.nbytes for p in inner.parameters(engine.learner).values()) + torch.get_rng_state().nbytes
     activations = BATCH * (5 * 8 * 8 + 4 * 4 * 4) * 8  # one feature map of each block
@@ -84,7 +84,7 @@ def test_the_first_step_forms_no_hessian_product(scheme: bilevel.Scheme, memory:
     """Against the same sweep with θ as a variable, which forms one for each step."""
     learner = small_learner(small_net(nn.Softplus()))
     engine = Engine(learner, scheme=scheme, inner_steps=1, memory=memory)
-    x, y = batch(0, 8)
+    x, y = small_batch(0, 8)
     S = learner.source_features(x)
     with torch.no_grad():
         a, _ = learner.coefficients(S, engine.beta)
@@ -134,7 +134,7 @@ def test_an_iteration_runs_the_source_once_and_each_operator_once_a_step(memory:
     runs: list[int] = []
     learner.sources[0].get_submodule("0.0").register_forward_hook(lambda *_: runs.append(1))
     with calls_of("matching_gradient") as gradients, calls_of("matching_adjoint") as adjoints:
-        engine.step(*batch(0, 8))
+        engine.step(*small_batch(0, 8))
     assert len(runs) == 1
     assert len(gradients) == 1 + 3 * (2 if memory == "recompute" else 1)
     assert [args[-1] for args in adjoints] == [True, True, False]  # the first step's, swept last, gives v_a alone

@@ -23,17 +23,17 @@ from tests.engine.shared import (
     Y,
     assert_close,
     assert_identical,
-    batch,
-    everything,
+    beside_the_reference,
+    case_id,
     flat,
     flops,
     frozen,
-    name_of,
     resnet,
+    small_batch,
     small_learner,
     small_net,
+    snapshot,
     source_net,
-    twins,
     vgg,
     with_a_sum,
     with_dropout,
@@ -48,7 +48,7 @@ SGD_RULES: list[dict[str, Any]] = [
     {"weight_decay": 0.0, "nesterov": True},
 ]
 WHERE = ("relu6", "relu", "relu-avg", "softplus", "fixed")
-CASES: list[tuple[Any, dict[str, Any]]] = [
+SETTINGS: list[tuple[Any, dict[str, Any]]] = [
     *(
         (net, {"scheme": scheme, "inner_steps": t, "memory": ("save", "recompute")[i % 2]})
         for i, (net, scheme, t) in enumerate(itertools.product((resnet, vgg), ("transfer", "simulation"), (0, 1, 2, 5)))
@@ -70,19 +70,23 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("net", "case"), CASES, ids=name_of)
+@pytest.mark.parametrize(("net", "case"), SETTINGS, ids=case_id)
 def test_meta_gradient_equals_the_reference(net: Any, case: dict[str, Any]) -> None:
     options = {k: v for k, v in case.items() if k not in ("batches", "val")}
     torch.manual_seed(0)
     size = 32 if net is vgg else 16
-    engine, reference = twins(*net(), **options, size=size)
+    engine, reference = beside_the_reference(*net(), **options, size=size)
     simulation, steps = engine.scheme == "simulation", engine.inner_steps
-    x, y = batch(30, size)
-    xs, ys = map(list, zip(*(batch(seed, size) for seed in range(30, 30 + max(steps, 1))), strict=True))
+    x, y = small_batch(30, size)
+    xs, ys = map(list, zip(*(small_batch(seed, size) for seed in range(30, 30 + max(steps, 1))), strict=True))
     several = simulation and case.get("batches") != 1
-    arguments = (xs if several else x, ys if several else y, batch(40, size) if simulation or "val" in case else None)
+    arguments = (
+        xs if several else x,
+        ys if several else y,
+        small_batch(40, size) if simulation or "val" in case else None,
+    )
 
-    before = everything(engine)
+    before = snapshot(engine)
     torch.manual_seed(1)
     expected = reference.meta_gradient(*arguments)
     torch.manual_seed(1)
@@ -91,16 +95,16 @@ def test_meta_gradient_equals_the_reference(net: Any, case: dict[str, Any]) -> N
 
     assert_close(actual, expected)
     assert (flat(actual).norm() > 1e-6) == (steps > 0)
-    assert_identical(everything(engine), before)
+    assert_identical(snapshot(engine), before)
 
 
-@pytest.mark.parametrize("case", [{}, {"scheme": "simulation", "nesterov": True, "memory": "recompute"}], ids=name_of)
+@pytest.mark.parametrize("case", [{}, {"scheme": "simulation", "nesterov": True, "memory": "recompute"}], ids=case_id)
 def test_meta_gradient_equals_finite_differences(case: dict[str, Any]) -> None:
     learner = small_learner(small_net(nn.Softplus()), where="softplus")
     engine = Engine(learner, weight_decay=1e-2, **case)
-    train, val = batch(30, 8), batch(40, 8)
+    train, val = small_batch(30, 8), small_batch(40, 8)
     for seed in range(2):
-        engine.step(*batch(seed, 8), val=val)
+        engine.step(*small_batch(seed, 8), val=val)
     gradient = engine.meta_gradient(*train, val)
     phi = engine.state_dict()["phi"]
     start = {name: p.clone() for name, p in phi.items()}
@@ -136,19 +140,19 @@ def test_meta_gradient_equals_finite_differences(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("memory", ["save", "recompute"])
-@pytest.mark.parametrize("net", [resnet, with_dropout], ids=name_of)
+@pytest.mark.parametrize("net", [resnet, with_dropout], ids=case_id)
 @pytest.mark.parametrize("scheme", ["transfer", "simulation"])
 def test_three_steps_equal_those_of_the_reference(net: Any, scheme: str, memory: bilevel.Memory) -> None:
     torch.manual_seed(0)
-    engine, reference = twins(
+    engine, reference = beside_the_reference(
         *net(), scheme=scheme, memory=memory, two_sources=False, meta_lr=1e-3, nesterov=True, size=16
     )
     for i, lr in enumerate((0.05, 0.01, 0.02)):  # as a schedule does
         engine.lr = reference.optimizer.param_groups[0]["lr"] = lr
         torch.manual_seed(i)
-        expected = reference.step(*batch(30 + i, 16), val=batch(40, 16))
+        expected = reference.step(*small_batch(30 + i, 16), val=small_batch(40, 16))
         torch.manual_seed(i)
-        metrics = engine.step(*batch(30 + i, 16), val=batch(40, 16))
+        metrics = engine.step(*small_batch(30 + i, 16), val=small_batch(40, 16))
         assert_close({k: metrics[k] for k in expected}, expected)
         state, theirs = engine.state_dict(), reference.state_dict()
         assert_close(state["theta"], {k: p.detach() for k, p in reference.theta.items()})
@@ -163,8 +167,8 @@ def test_the_networks_given_are_trained_in_place_and_the_sources_are_not() -> No
     torch.manual_seed(0)
     source, target = source_net((2, 2)), small_net()
     before = [copy.deepcopy(network.state_dict()) for network in (source, target)]
-    learner = L2T(source, target, source_layers=["1"], target_layers=["2"], example=batch(0, 8)[0])
-    Engine(learner).step(*batch(0, 8))
+    learner = L2T(source, target, source_layers=["1"], target_layers=["2"], example=small_batch(0, 8)[0])
+    Engine(learner).step(*small_batch(0, 8))
     assert_identical(source.state_dict(), before[0])
     assert all(not torch.equal(p, before[1][name]) for name, p in target.state_dict().items())
     assert not any(m.training for m in source.modules())
@@ -178,7 +182,7 @@ def test_meta_gradient_leaves_a_target_in_evaluation_mode_there() -> None:
         target.train(training)
         target[0].train(not training)  # type: ignore[index]
         modes = [m.training for m in target.modules()]
-        engine.meta_gradient(*batch(0, 8))
+        engine.meta_gradient(*small_batch(0, 8))
         assert [m.training for m in target.modules()] == modes
 
 
@@ -190,7 +194,7 @@ def test_without_pairs_it_is_plain_training(rule: dict[str, Any]) -> None:
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, weight_decay=1e-2, **rule)
     engine = Engine(small_learner(target, pairs=[]), lr=0.1, weight_decay=1e-2, **rule)
     for seed in range(3):
-        x, y = batch(seed, 8)
+        x, y = small_batch(seed, 8)
         metrics = engine.step(x, y)
         logits = plain(x)
         loss = F.cross_entropy(logits, y)
@@ -205,10 +209,10 @@ def test_without_pairs_it_is_plain_training(rule: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["transfer", "simulation"])
-@pytest.mark.parametrize("options", [{"what": "uniform", "where": "fixed"}, {"pairs": []}], ids=name_of)
+@pytest.mark.parametrize("options", [{"what": "uniform", "where": "fixed"}, {"pairs": []}], ids=case_id)
 def test_without_meta_parameters_there_is_no_meta_gradient(options: dict[str, Any], scheme: bilevel.Scheme) -> None:
     engine = Engine(small_learner(**options), scheme=scheme)
-    x, y = batch(0, 8)
+    x, y = small_batch(0, 8)
     assert engine.meta_gradient(x, y) == {}
     assert "meta_loss" not in engine.step(x, y)
     counted = flops(lambda: engine.step(x, y))
@@ -223,7 +227,7 @@ def test_without_meta_parameters_there_is_no_meta_gradient(options: dict[str, An
 def test_metrics(scheme: bilevel.Scheme) -> None:
     learner = small_learner()
     engine = Engine(learner, beta=0.7, scheme=scheme)
-    (x, y), val = batch(0, 8), batch(1, 8)
+    (x, y), val = small_batch(0, 8), small_batch(1, 8)
     before = copy.deepcopy(learner).train()  # a copied fx graph forgets the sources' evaluation mode
     logits = before.target_outputs(x)[0]
     metrics = engine.step(x, y, val)
@@ -249,10 +253,10 @@ def test_a_learning_rate_of_zero_leaves_theta_as_it_is() -> None:
     engine = Engine(small_learner(), lr=0.1)
     engine.lr = 0.0
     before = copy.deepcopy(engine.state_dict())
-    engine.step(*batch(0, 8))
+    engine.step(*small_batch(0, 8))
     assert_identical(engine.state_dict()["theta"], before["theta"])
     assert flat(engine.state_dict()["momentum"]).norm() > 0
-    assert flat(engine.meta_gradient(*batch(0, 8))).norm() == 0  # no simulated step moves θ either
+    assert flat(engine.meta_gradient(*small_batch(0, 8))).norm() == 0  # no simulated step moves θ either
 
 
 @torch.no_grad()
@@ -272,7 +276,7 @@ def test_triton_kernels_change_nothing(memory: bilevel.Memory, monkeypatch: pyte
     def trained() -> tuple[Tensors, dict[str, Any]]:
         engine = Engine(small_learner(), memory=memory)
         engine.step(X, Y)
-        return engine.meta_gradient(X, Y), everything(engine)
+        return engine.meta_gradient(X, Y), snapshot(engine)
 
     theirs, after = trained()
     monkeypatch.setattr(ops, "implementation", lambda feature: triton_launch)

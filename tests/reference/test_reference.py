@@ -117,7 +117,7 @@ SGD = [
     {"momentum": 0.8, "nesterov": True},
     {"momentum": 0.0},
 ]
-CASES = [
+SETTINGS = [
     *(
         {"scheme": scheme, "inner_steps": t, **sgd}
         for scheme, t, sgd in itertools.product(("transfer", "simulation"), (0, 1, 2, 3), SGD)
@@ -130,7 +130,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize("case", SETTINGS, ids=lambda case: "-".join(map(str, case.values())))
 def test_meta_gradient_equals_the_unrolled_computation(case: dict[str, Any]) -> None:
     reference = build(**case)
     simulation, steps = reference.scheme == "simulation", reference.inner_steps
