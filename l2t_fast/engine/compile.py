@@ -14,7 +14,7 @@ from l2t_fast.engine import inner_step
 from l2t_fast.engine.bilevel import Kind, simulated_steps
 from l2t_fast.engine.inner_step import Batch, Gradient, Theta
 from l2t_fast.errors import L2TError
-from l2t_fast.learner.learner import L2T, AnyNetworks
+from l2t_fast.learner.learner import L2T, Networks
 
 BACKEND = "inductor"  # of torch.compile
 
@@ -47,7 +47,7 @@ class Steps:
     functional: bool = False
 
 
-def plain_steps(learner: L2T, beta: float, networks: AnyNetworks | None = None) -> Steps:
+def plain_steps(learner: L2T, beta: float, networks: Networks | None = None) -> Steps:
     """Each operation as PyTorch runs it."""
 
     def source_pass(x: Tensor, resized: bool) -> Matched:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.matching import ops
-from l2t_fast.learner.learner import L2T, AnyNetworks
+from l2t_fast.learner.learner import L2T, Networks
 from l2t_fast.learner.network import Outputs, Runs
 
 Theta = dict[str, Tensor]
@@ -66,7 +66,7 @@ def gradient(
     matching: bool,
     simulated: bool = True,
     buffers: Mapping[str, Tensor] | None = None,
-    networks: AnyNetworks | None = None,
+    networks: Networks | None = None,
 ) -> Gradient:
     """∇θ of L_org (`task`) and of L_wfm (`matching`), with what the target's modes and hooks make of it.
 
@@ -134,7 +134,7 @@ def task_loss(
     y: Tensor,
     *,
     buffers: Mapping[str, Tensor] | None = None,
-    networks: AnyNetworks | None = None,
+    networks: Networks | None = None,
 ) -> Tensor:
     """L_org of (x, y) at θ, differentiable in θ; `buffers` of the target are copied for it."""
     network = (networks or learner.networks).target
