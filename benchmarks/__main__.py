@@ -17,7 +17,10 @@ COMMANDS = {
     "gpu": ("gpu", "everything that a GPU owes, within 9 minutes: tests, iterations, operators, breakdown"),
     "gate": ("suites.gate", "has anything become worse? counts and ratios against expectations.json, for CI"),
     "compare": ("report.compare", "what differs between two results files"),
-    "report": ("report.markdown", "Markdown and pictures of a results file; --readme: also the README's numbers"),
+    "report": (
+        "report.markdown",
+        "Markdown and pictures of a results file; --readme: also benchmarks/README.md's numbers",
+    ),
     "iterations": ("suites.iterations", "whole iterations: the reference, the official code, the engine in its modes"),
     "operators": ("suites.operators", "the matching operators: Triton, ATen, eager PyTorch, torch.compile"),
     "steps": ("suites.steps", "the steps of an iteration: inner steps, source pre-pass, input pipeline"),

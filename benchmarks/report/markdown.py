@@ -89,7 +89,7 @@ def _breakdown(rows: Sequence[Row]) -> list[MarkdownColumn]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", type=Path, help="default: the latest of benchmarks/results/")
-    parser.add_argument("--readme", action="store_true", help="also write the README's numbers")
+    parser.add_argument("--readme", action="store_true", help="also write the numbers of benchmarks/README.md")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The README's numbers, written from a results file."""
+"""The numbers of benchmarks/README.md, written from a results file."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from benchmarks.report.columns import MarkdownColumn, notes, number, speedup, ta
 from benchmarks.rows import contender_name, read
 from l2t_fast.errors import L2TError
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- measured: {} -->", "<!-- /measured -->"
 
 
@@ -31,7 +31,7 @@ def readme_block(path: Path) -> str:
     begin, end = MARKERS
     where = (
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}, commit `{first['commit']}` "
-        f"([rows](benchmarks/results/{path.name}), [report](benchmarks/results/{path.stem}/report.md)):"
+        f"([rows](results/{path.name}), [report](results/{path.stem}/report.md)):"
     )
     return f"{begin.format(path.name)}\n{where}\n\n{table(columns, usual)}{end}"
 

@@ -1,12 +1,34 @@
 """What the layers' autograd Functions share: the end of differentiation, and casts of many tensors at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from l2t_fast.errors import L2TError
+
+_constant = False  # for the whole process: on CUDA autograd runs backward passes in threads of its own
+
+
+@contextmanager
+def constant_primals() -> Iterator[None]:
+    """The gradients taken inside will be differentiated with respect to their cotangents alone.
+
+    Autograd itself leaves out what nobody asks for, but cannot tell a Function of Python's.
+    """
+    global _constant
+    before, _constant = _constant, True
+    try:
+        yield
+    finally:
+        _constant = before
+
+
+def derivatives_wanted(needs: Sequence[bool]) -> tuple[bool, ...]:
+    """Of a gradient's cotangent, `needs` as they are; of its primals, which follow, none inside `constant_primals`."""
+    return (needs[0], *(need and not _constant for need in needs[1:]))
 
 
 class Last(torch.autograd.Function):

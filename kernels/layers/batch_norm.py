@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.layers.autograd import Last
+from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted
 
 _aten = torch.ops.aten
 
@@ -59,11 +59,12 @@ class BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.wanted = derivatives_wanted(ctx.needs_input_grad[:3])
         ctx.save_for_backward(*inputs, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, *u: Tensor) -> Any:
-        return *Last.apply(_adjoint, *u, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None, None
+        return *Last.apply(_adjoint, *u, *ctx.saved_tensors, ctx.wanted), None, None
 
 
 def adjoint(

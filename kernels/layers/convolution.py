@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2t_fast.kernels.layers.autograd import Last
+from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted
 
 _aten = torch.ops.aten
 
@@ -52,12 +52,13 @@ class ConvolutionBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         g, x, w, _, *ctx.geometry = inputs
+        ctx.wanted = derivatives_wanted(ctx.needs_input_grad[:3])
         ctx.save_for_backward(g, x, w)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *u: Tensor | None) -> Any:
-        v = Last.apply(_convolution_adjoint, *u, *ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.geometry)
+        v = Last.apply(_convolution_adjoint, *u, *ctx.saved_tensors, ctx.wanted, ctx.geometry)
         return *v, None, None, None, None, None
 
 

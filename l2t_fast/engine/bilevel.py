@@ -135,21 +135,17 @@ def _unroll(
     steps: list[_Step] = []
     reached: set[str] = set()  # parameters that depend on a by now; none in the first step
     for kind in kinds:
-        start = _leaves(theta, reached)
+        start = {name: p.requires_grad_(name in reached) for name, p in theta.items()}
         state = around.read() if around is not None else None
         with torch.enable_grad():
             g = gradient(kind, start, weights[kind.batch])
         steps.append(_Step(start, {name: x.dtype for name, x in g.items()}, _edges(g) if keep else {}, state))
         reached = reached.union(name for name, x in g.items() if x.requires_grad)
-        grads = [g[name].detach() if name in g else None for name in theta]
-        del g  # and with it, unless it is kept, its graph
+        grads = [g.get(name) for name in theta]
         new = sgd_step(list(theta.values()), list(momentum.values()), grads, lr, rule)
+        del g, grads  # and with them, unless it is kept, the graph
         theta, momentum = (dict(zip(theta, tensors, strict=True)) for tensors in new)
-    return steps, _leaves(theta, reached)
-
-
-def _leaves(tensors: Theta, variables: set[str]) -> Theta:
-    return {name: tensor.detach().requires_grad_(name in variables) for name, tensor in tensors.items()}
+    return steps, {name: p.requires_grad_(name in reached) for name, p in theta.items()}
 
 
 def _edges(tensors: Mapping[str, Tensor]) -> dict[str, GradientEdge]:

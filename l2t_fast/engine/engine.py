@@ -119,9 +119,9 @@ class Engine:
         self._plain = plain_steps(learner, beta)
         self._compiled: tuple[tuple[Any, ...], Steps] | None = None  # for inputs of these shapes
         self._draws: Draws | None = None  # not looked at yet
-        self._labels_seen = self._evaluation_said = False
+        self._labels_seen = self._evaluation_said = self._sets_attributes = False
         self._second_order = self._examined() if self.trained.phi else None
-        self._settings = settings_of(learner.target)
+        self._settings = settings_of(learner.target)  # that what is captured or compiled has frozen
         self._graphs = self._new_graphs()
         self.needs_val = scheme == "simulation" and bool(self.trained.phi)
 
@@ -175,11 +175,12 @@ class Engine:
         """
         tensors = self._check(x, y, val)
         with arithmetic(self.precision, self._device), self._twice_differentiable():
+            if self.mode != "eager":
+                self._drop_what_is_stale()
             if self.mode == "compile" and self._compiled is None:
                 self._compile(tensors)
             if self._graphs is None:
                 return self._iterate(self._ready(tensors))
-            self._drop_stale_graphs()
             before = read_generators(self._device) if self._draws is None else None
             try:
                 metrics = self._graphs.run(tensors, self._ready)
@@ -251,15 +252,16 @@ class Engine:
 
     def _may_be_captured(self) -> None:
         check_capture(self.learner.target, self._draws, self.memory)
-        if settings_of(self.learner.target) != self._settings:
-            raise L2TError("the target's forward pass changes its modules' attributes, which a CUDA graph would not")
+        if self._sets_attributes:
+            raise L2TError("the target's forward pass sets attributes of its modules, which a replay would not")
 
-    def _drop_stale_graphs(self) -> None:
-        """What was captured under other settings of the target's modules is captured anew."""
+    def _drop_what_is_stale(self) -> None:
+        """What was captured or compiled under other settings of the target's modules is made anew."""
         settings = settings_of(self.learner.target)
         if settings != self._settings:
-            self._settings, self._graphs = settings, self._new_graphs()
-            assert self._graphs is not None
+            self._settings, self._compiled = settings, None
+            if self._graphs is not None:
+                self._graphs = self._new_graphs()
 
     def _note_draws(self, before: Generators) -> None:
         after = read_generators(self._device)
@@ -304,7 +306,12 @@ class Engine:
         return self._plain
 
     def _iterate(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        return self._iteration.run(self._steps(tensors), tensors, self._may_draw)
+        metrics = self._iteration.run(self._steps(tensors), tensors, self._may_draw)
+        if self._graphs is not None:
+            settings = settings_of(self.learner.target)
+            self._sets_attributes |= settings != self._settings
+            self._settings = settings
+        return metrics
 
     def _simulate(self, steps: Steps, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """(L_meta, dL_meta/dφ) from the present θ and momentum."""

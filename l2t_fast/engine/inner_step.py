@@ -6,6 +6,7 @@ autograd; on traced networks it can be compiled.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l2t_fast.errors import L2TError
+from l2t_fast.kernels.layers.autograd import constant_primals
 from l2t_fast.kernels.matching import ops
 from l2t_fast.learner.learner import L2T, Networks
 from l2t_fast.learner.network import Outputs, Runs
@@ -93,7 +95,7 @@ def gradient(
     if networks.traced:
         outputs, pull, auxiliary = torch.func.vjp(forward, of_target, heads, has_aux=True)  # type: ignore[misc]
     else:
-        pull = _PullBack(forward, of_target, heads)
+        pull = _PullBack(forward, of_target, heads, constant)
         outputs, auxiliary = pull.outputs, pull.auxiliary
     loss, logits, values, after = auxiliary
     cotangents = [torch.ones_like(loss)] if task else []
@@ -185,11 +187,15 @@ def _of_target(network: Runs, theta: Theta, dtype: torch.dtype) -> Theta:
 class _PullBack:
     """`torch.func.vjp` with auxiliary outputs by plain autograd, under which any Python runs as it always does.
 
-    Called with the cotangents of `outputs`, it leaves out what these do not reach; it is differentiable where gradients
+    constant: nobody will differentiate what it gives with respect to θ. Called with the cotangents of `outputs`, it
+    leaves out what these do not reach; it is differentiable where gradients
     are enabled.
     """
 
-    def __init__(self, forward: Callable[[Theta, Theta], _Forward], target: Theta, heads: Theta) -> None:
+    def __init__(
+        self, forward: Callable[[Theta, Theta], _Forward], target: Theta, heads: Theta, constant: bool
+    ) -> None:
+        self._constant = constant
         self.target, self.heads = _variables(target), _variables(heads)
         with torch.enable_grad():
             self.outputs, self.auxiliary = forward(self.target, self.heads)
@@ -200,7 +206,8 @@ class _PullBack:
         found: Sequence[Any] = [None] * len(inputs)
         if reached and inputs:
             ys, us = zip(*reached, strict=True)
-            found = torch.autograd.grad(ys, inputs, us, create_graph=torch.is_grad_enabled(), allow_unused=True)
+            with constant_primals() if self._constant else nullcontext():
+                found = torch.autograd.grad(ys, inputs, us, create_graph=torch.is_grad_enabled(), allow_unused=True)
         grads = iter(found)
         ours, theirs = ({name: next(grads) for name in tensors} for tensors in (self.target, self.heads))
         return _given(ours), _given(theirs)

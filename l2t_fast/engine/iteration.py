@@ -15,6 +15,7 @@ from l2t_fast.engine.state import Trained
 from l2t_fast.engine.surroundings import Buffers, Simulated
 from l2t_fast.kernels.sgd.step import sgd_step, sgd_step_
 from l2t_fast.learner.learner import L2T
+from l2t_fast.learner.places import read_attributes, set_attributes
 
 Metrics = dict[str, Tensor]
 
@@ -46,7 +47,7 @@ class Iteration:
         """One iteration on images and labels in a row (`split`); draws: a forward pass may draw random numbers."""
         trained, learner = self.trained, self.learner
         matched = self.matching(steps, tensors)
-        buffers = Buffers(learner.target)
+        buffers, attributes = Buffers(learner.target), read_attributes(learner.target)
         try:
             real = self.real_gradient(steps, matched.batches[0])
             grads = [real.theta.get(name) for name in trained.theta]
@@ -62,6 +63,7 @@ class Iteration:
             metrics["meta_loss"], of_phi = self.meta_gradient(steps, matched, *start, draws=draws)
         except BaseException:
             buffers.put_back()
+            set_attributes(attributes)
             raise
         torch._foreach_copy_(theta, new_theta)
         torch._foreach_copy_(momentum, new_momentum)
@@ -97,6 +99,8 @@ class Iteration:
     def real_gradient(self, steps: Steps, batch: Batch) -> Gradient:
         """∇(L_org + L_wfm) at θ; the forward pass changes the target's buffers, or gives them back changed."""
         theta = {name: p.detach() for name, p in self.trained.theta.items()}
+        if not steps.functional:
+            theta = {name: p.requires_grad_() for name, p in theta.items()}
         buffers = dict(self.learner.target.named_buffers()) if steps.functional else {}
         return steps.gradient(Kind(0, task=True, matching=True), False, theta, batch, buffers)
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from l2t_fast.choices import Memory, Mode
 from l2t_fast.errors import L2TError
-from l2t_fast.learner.hooks import hooks_of
+from l2t_fast.learner.hooks import MODULE_HOOKS, hooks_of
+from l2t_fast.learner.places import MODULE_OWN
 
 _COMPILE_FROM = 50_000  # iterations from which "auto" expects torch.compile to win back its minutes; a guess
 _HARMLESS_HOOKS = ("WeightNorm", "SpectralNorm")  # PyTorch's own, which only compute
@@ -50,19 +51,19 @@ def check_capture(target: nn.Module, draws: Draws | None, memory: Memory) -> Non
             raise L2TError(f"the {kind} of '{name}' is Python, which a CUDA graph would not run again")
 
 
-def settings_of(target: nn.Module) -> tuple[Any, ...]:
-    """What a captured or compiled iteration has frozen of a network's Python: modes, classes, simple attributes, hooks.
+def settings_of(target: nn.Module) -> list[Any]:
+    """What a captured or compiled iteration has frozen of a network's Python: classes, simple attributes, hooks.
 
     Two that differ mean that it must be made anew.
     """
-    return tuple(
-        (
-            type(module),
-            tuple((key, value) for key, value in module.__dict__.items() if isinstance(value, _SIMPLE)),
-            *(tuple(getattr(module, f"_{kind}_hooks")) for kind in ("forward", "forward_pre", "backward")),
-        )
-        for module in target.modules()
-    )
+    found: list[Any] = []
+    for module in target.modules():
+        own = vars(module)
+        found += (type(module), own["training"])
+        found += [value for key, value in own.items() if key not in MODULE_OWN and type(value) in _SIMPLE]
+        found += [tuple(own[kind]) for kind in MODULE_HOOKS if own[kind]]
+    found += [tuple(p._backward_hooks) for p in target.parameters() if p._backward_hooks]
+    return found
 
 
-_SIMPLE = (bool, int, float, str, type(None), tuple)
+_SIMPLE = frozenset((bool, int, float, str, type(None), tuple, torch.Size))

@@ -10,16 +10,17 @@ from typing import Any
 
 from torch import nn
 
-_KINDS = ("forward", "forward_pre", "backward", "backward_pre")  # of a module's hooks
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _sweeping = False  # for the whole process: on CUDA autograd runs hooks in threads of its own
 
 
 def hooks_of(network: nn.Module) -> Iterator[tuple[str, str, Callable[..., Any]]]:
     """(name of the module or parameter, what it has: "forward hook", "hook" of a parameter, the hook itself)."""
     for name, module in network.named_modules():
-        for kind in _KINDS:
-            for hook in getattr(module, f"_{kind}_hooks").values():
-                yield name or type(module).__name__, f"{kind.replace('_', '-')} hook", hook
+        for hooks in MODULE_HOOKS:
+            kind = hooks.strip("_").removesuffix("_hooks").replace("_", "-")
+            for hook in getattr(module, hooks).values():
+                yield name or type(module).__name__, f"{kind} hook", hook
     for name, p in network.named_parameters():
         for hook in (p._backward_hooks or {}).values():
             yield name, "hook", hook

@@ -1,13 +1,17 @@
 """Where a network looks up its parameters and buffers, so that other tensors can stand there for one pass."""
 
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 Slot = tuple[Any, Any]  # a dictionary or list, and the key or index in it
-Attributes = list[tuple[dict[str, Any], dict[str, Any]]]  # of a module: its __dict__, and a copy of it
+# Of a module: its __dict__, a copy of it, and copies of the lists, dictionaries and sets in it.
+Attributes = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
+MODULE_OWN = frozenset(vars(nn.Module()))  # attributes that every module has: its tensors, modules, hooks, mode
 
 
 class Places:
@@ -87,21 +91,33 @@ def buffers_of(network: nn.Module, left_out: Callable[[nn.Module], bool]) -> dic
 
 
 def read_attributes(network: nn.Module) -> Attributes:
-    """What the modules keep as Python attributes, which a forward pass may set; not what lists of theirs hold.
+    """What the modules keep as Python attributes, which a forward pass may set, lists and the like one level deep.
 
     Of PyTorch's own modules only those with hooks are asked: no forward pass of theirs sets any.
     """
     return [
-        (module.__dict__, dict(module.__dict__))
-        for module in network.modules()
-        if module._forward_hooks or module._forward_pre_hooks or not type(module).__module__.startswith("torch.nn.")
+        (own, dict(own), {k: v.copy() for k, v in own.items() if type(v) in _CONTAINERS and k not in MODULE_OWN})
+        for own, asked in ((vars(m), not type(m).__module__.startswith("torch.nn.")) for m in network.modules())
+        if asked or own["_forward_hooks"] or own["_forward_pre_hooks"]
     ]
 
 
 def set_attributes(attributes: Attributes) -> None:
     """Puts back what `read_attributes` gave."""
-    for now, then in attributes:
+    for now, then, contents in attributes:
         if now.keys() != then.keys() or any(now[key] is not value for key, value in then.items()):
             for key in now.keys() - then.keys():
                 del now[key]
             now.update(then)
+        for key, content in contents.items():
+            held = then[key]
+            if len(held) != len(content) or any(map(operator.is_not, _items(held), _items(content))):
+                held.clear()
+                held.extend(content) if isinstance(held, (list, deque)) else held.update(content)
+
+
+_CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict))
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container

@@ -253,7 +253,7 @@ def test_float32_is_exact_to_its_rounding(precision: Any) -> None:
     state = warmed_up(steps=24)
     exact, ours = at(state, torch.float64), at(state, torch.float32, precision=precision)
     errors = []
-    for seed in range(7):
+    for seed in range(21):  # kinks of ReLU and max-pool flip in some of them
         x, y = batch(seed, 16, torch.float32)
         errors.append(error(ours.meta_gradient(x, y), exact.meta_gradient(x.double(), y)))
     assert torch.tensor(errors).median() < 5e-6
