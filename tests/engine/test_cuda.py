@@ -16,7 +16,7 @@ from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import METHODS
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
-from tests.methods.test_methods import learner as of_method
+from tests.methods.shared import learner as of_method
 from tests.shared import batch, engine, error, everything, learner, load_as
 
 DEVICE = "cuda"

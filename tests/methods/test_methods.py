@@ -16,40 +16,10 @@ from l2t_fast.networks.architectures import build_model
 from l2t_fast.reference import forward_with_features
 from tests.engine.test_capture import WARM_UP, fused, taped  # noqa: F401
 from tests.engine.test_modes import aot_eager  # noqa: F401
-from tests.shared import CLASSES, batch, engine, error, everything, same
+from tests.methods.shared import LAYERS, ONE_TO_ONE, SOURCES, TARGET_LAYERS, learner, networks
+from tests.shared import batch, engine, error, everything, same
 
 pytestmark = pytest.mark.core
-
-SOURCES = {"resnet8": 5, "resnet14": 7}  # classes of each
-LAYERS = {name: ["layer1", "layer2", "layer3"] for name in SOURCES}
-TARGET_LAYERS = [f"features.{i}" for i in (2, 6, 13, 20, 27)]
-ONE_TO_ONE = [(0, 0), (1, 1), (2, 2)]  # 32, 16 and 8 pixels
-
-
-def networks(
-    sources: Sequence[str] = ("resnet8",), dtype: torch.dtype = torch.float64, device: str = "cpu"
-) -> tuple[Any, nn.Module]:
-    torch.manual_seed(0)
-    teachers = [build_model(name, SOURCES[name], 0.25).to(dtype).eval() for name in sources]
-    for teacher in teachers:
-        for norm in (m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.running_mean.uniform_(-0.5, 0.5)
-            norm.running_var.uniform_(0.5, 2)
-    target = build_model("vgg9_bn", CLASSES, 0.06).to(device, dtype)
-    return [teacher.to(device) for teacher in teachers], target
-
-
-def learner(name: str, sources: Sequence[str] = ("resnet8",), settings: Sequence[str] = (), **options: Any) -> L2T:
-    method, (teachers, target) = find_method(name, settings), networks(sources, **options)
-    if not method.uses_sources:
-        teachers = []
-    return method.learner(
-        teachers,
-        target,
-        source_layers=[LAYERS[s] for s in sources] if teachers else [],
-        target_layers=TARGET_LAYERS,
-        example=torch.zeros(2, 3, 32, 32).to(next(target.parameters())),
-    )
 
 
 # The few-line versions: teachers, target, what the learner drew at random, x -> what is added to the cross entropy.
