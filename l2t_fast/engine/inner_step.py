@@ -24,7 +24,7 @@ Theta = dict[str, Tensor]
 _TARGET, _TERMS = "target.", "terms."
 
 
-class Batch(NamedTuple):
+class StepInput(NamedTuple):
     """Images, labels, and what neither θ nor the step changes: source features and coefficients."""
 
     x: Tensor  # [B, C, H, W]; bfloat16 beside float32 parameters: computed in bfloat16
@@ -62,7 +62,7 @@ def parameters(learner: L2T) -> Theta:
 def gradient(
     learner: L2T,
     theta: Theta,
-    batch: Batch,
+    batch: StepInput,
     *,
     task: bool,
     matching: bool,
@@ -163,7 +163,7 @@ def _terms(
     target: Theta,
     buffers: Mapping[str, Tensor],
     heads: Theta,
-    batch: Batch,
+    batch: StepInput,
     outputs: Outputs,
 ) -> list[Tensor]:
     """The value of each term."""

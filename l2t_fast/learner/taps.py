@@ -113,14 +113,14 @@ def find_taps(
     taps: list[Tap] = []
     features: list[Tensor] = []
     for layer in layers:
-        module_, call, feature = _feature(layer, watched[layer], modules, trial, role)
+        tapped, call, feature = _feature(layer, watched[layer], modules, trial, role)
         if output and feature is result:
             raise L2TError(f"layer '{layer}' is the output of the {role}, not a feature: tap an earlier layer.")
         same = next((taps[i].name for i, other in enumerate(features) if other is feature), None)
         if same is not None:
             raise L2TError(f"layers '{layer}' and '{same}' of the {role} are the same feature: give it once.")
         as_map = find_layout(feature, trial.trail, layer, role, layout.get(layer))
-        taps.append(Tap(layer, module_, call, role, as_map, feature.shape[1]))
+        taps.append(Tap(layer, tapped, call, role, as_map, feature.shape[1]))
         features.append(feature)
     trial.check_overwritten(taps, role, to_the_end=output)
     shapes = tuple(tap.map.shape for tap in taps)

@@ -88,23 +88,23 @@ def test_the_first_step_forms_no_hessian_product(scheme: bilevel.Scheme, memory:
     S = learner.source_features(x)
     with torch.no_grad():
         a, _ = learner.coefficients(S, engine.beta)
-    data = inner.Batch(x, y, *learner.matching_sources(S, True), a)
+    data = inner.StepInput(x, y, *learner.matching_sources(S, True), a)
     kinds = bilevel.simulated_steps(scheme, 1, 1)
 
-    def step(kind: bilevel.Kind, theta: Tensors, weights: list[Tensor]) -> Tensors:
-        g = inner.gradient(learner, theta, data._replace(a=weights), task=kind.task, matching=kind.matching).theta
+    def step(kind: bilevel.Kind, theta: Tensors, coefficients: list[Tensor]) -> Tensors:
+        g = inner.gradient(learner, theta, data._replace(a=coefficients), task=kind.task, matching=kind.matching).theta
         return {name: p - 0.1 * g.get(name, 0 * p) for name, p in theta.items()}
 
     def sweep(constant: bool) -> None:
         theta = {n: p.detach().requires_grad_(not constant) for n, p in inner.parameters(learner).items()}
-        end, weights = theta, [p.clone().requires_grad_() for p in a]
+        end, coefficients = theta, [p.clone().requires_grad_() for p in a]
         for kind in kinds:
-            end = step(kind, end, weights)
+            end = step(kind, end, coefficients)
         loss = inner.task_loss(learner, end, x, y)
-        torch.autograd.grad(loss, weights if constant else [*weights, *theta.values()], allow_unused=True)
+        torch.autograd.grad(loss, coefficients if constant else [*coefficients, *theta.values()], allow_unused=True)
 
     sources = flops(lambda: learner.weights(learner.source_features(x)))
-    heads = flops(lambda: learner.weights(S))  # their backward, to the weights alone
+    heads = flops(lambda: learner.weights(S))  # their backward, to w and λ alone
     replay = flops(lambda: [step(kind, inner.parameters(learner), a) for kind in kinds])
     pruned, full = flops(lambda: sweep(True)), flops(lambda: sweep(False))
     assert pruned < full

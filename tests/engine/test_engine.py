@@ -115,7 +115,7 @@ def test_meta_gradient_equals_finite_differences(case: dict[str, Any]) -> None:
         for name, p in phi.items():
             p.copy_(start[name] + offset[name])
         S = learner.source_features(train[0])
-        data = inner.Batch(*train, *learner.matching_sources(S, True), learner.coefficients(S, engine.beta)[0])
+        data = inner.StepInput(*train, *learner.matching_sources(S, True), learner.coefficients(S, engine.beta)[0])
         theta = {name: p.detach() for name, p in inner.parameters(learner).items()}
         momentum = engine.state_dict()["momentum"]
         rule, lr = SGD(0.9, 1e-2, bool(case)), torch.tensor(engine.lr)

@@ -56,7 +56,7 @@ def check_by_differences(reference: Reference) -> None:
                 p.copy_(phi[name] + part.view_as(p))
         seed_all()
         with twice_differentiable(hardsigmoid=True):
-            return reference._simulate([train] * 2, val)[0]
+            return reference.simulate([train] * 2, val)[0]
 
     direction = F.normalize(gradient, dim=0)
     h = 1e-3
