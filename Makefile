@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint types install
+.PHONY: demo test test-slow test-oldest lint types install
 
 demo: install
 	$(BIN)/l2t-fast train
 
 test: install
 	$(BIN)/python -m pytest
+
+# Many real networks against the reference.
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 # The exactness tests once more on the oldest versions that setup.py admits, in an environment of their own
 # (numpy < 2.4, because the interpreter of Triton 3.6 indexes with arrays of one element).

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from l2t_fast.errors import L2TError
 from l2t_fast.reference_networks import (
     Generators,
-    Hardsigmoids,
     Maps,
+    Replaced,
     forward_with_features,
     select,
     split,
@@ -143,9 +143,9 @@ class Reference:
         generators = Generators.get(example.device)
         target.eval()
         source_features = self._source_features(example)
-        with torch.no_grad(), Hardsigmoids() as hardsigmoids:
+        with torch.no_grad(), Replaced() as replaced:
             _, target_features = forward_with_features(target, self.target_layers, example, target_maps)
-        self._replaces_hardsigmoid = hardsigmoids.met
+        self._replaced = replaced.met
         for module, training in modes:
             module.training = training
         with torch.no_grad():
@@ -214,12 +214,12 @@ class Reference:
             L2TError: no `val` for scheme "simulation", or a number of batches other than T.
         """
         batches = self._batches(x, y, val)
-        with twice_differentiable(self._replaces_hardsigmoid):
+        with twice_differentiable(self._replaced):
             org, matching = self._losses(*batches[0])
             self._sgd_step(org + matching)
         metrics = {"loss": org.detach(), "matching_loss": matching.detach()}
         if self.meta_optimizer is not None:
-            with twice_differentiable(self._replaces_hardsigmoid):
+            with twice_differentiable(self._replaced):
                 metrics["meta_loss"], gradient = self.simulate(batches, val)
             for p, g in zip(self.phi.values(), gradient, strict=True):
                 p.grad = g
@@ -237,7 +237,7 @@ class Reference:
         if not self.phi:
             return {}
         start = self._save()
-        with twice_differentiable(self._replaces_hardsigmoid):
+        with twice_differentiable(self._replaced):
             _, gradient = self.simulate(batches, val)
         self._restore(start)
         return dict(zip(self.phi, gradient, strict=True))

@@ -1,7 +1,7 @@
 """How the reference runs the user's networks: untouched, with what they hold.
 
-Attention runs on PyTorch's math backend and hardsigmoid as a line through PyTorch's value and slope, since PyTorch
-cannot differentiate its own kernels for them twice.
+Attention runs on PyTorch's math backend, hardsigmoid as a line through PyTorch's value and slope, and normalize as
+x / ε where x is zero, since PyTorch cannot differentiate what it has for them twice.
 
 Backward hooks of parameters and of modules belong to the rule by which a step gets its gradient, g = h(∇L): they act in
 real, simulated and replayed steps, and their derivative is taken. They do not act a second time when that derivative,
@@ -51,25 +51,31 @@ class Generators(NamedTuple):
         np.random.set_state(self.numpy)  # noqa: NPY002
 
 
-class Hardsigmoids(TorchFunctionMode):
-    """Computes hardsigmoid as h(x₀) + h'(x₀) (x − x₀) at x₀ = x: PyTorch's own value and slope, and no curvature."""
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """h(x₀) + h'(x₀) (x − x₀) at x₀ = x: PyTorch's own value and slope, and no curvature."""
+    with torch.enable_grad():
+        x0 = input.detach().clone().requires_grad_()
+        h0 = F.hardsigmoid(x0)
+        (slope,) = torch.autograd.grad(h0.sum(), x0)
+    h = h0.detach() + slope * (input - x0.detach())
+    return input.copy_(h) if inplace else h
+
+
+def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
+    """x / max(|x|, ε), with no norm of a zero vector in the graph."""
+    zero = input.norm(p, dim, keepdim=True).detach() == 0
+    return torch.where(zero, input / eps, F.normalize(input.masked_fill(zero, 1.0), p, dim, eps))
+
+
+class Replaced(TorchFunctionMode):
+    """Puts these two in the places of PyTorch's; `met` says whether it had to."""
 
     met = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.hardsigmoid:
-            return func(*args, **(kwargs or {}))
-        self.met = True
-
-        def line(input: Tensor, inplace: bool = False) -> Tensor:
-            with torch.enable_grad():
-                x0 = input.detach().clone().requires_grad_()
-                h0 = F.hardsigmoid(x0)
-                (slope,) = torch.autograd.grad(h0.sum(), x0)
-            h = h0.detach() + slope * (input - x0.detach())
-            return input.copy_(h) if inplace else h
-
-        return line(*args, **(kwargs or {}))
+        table: dict[Any, Any] = {F.hardsigmoid: _hardsigmoid, F.normalize: _normalize}
+        self.met |= func in table
+        return table.get(func, func)(*args, **(kwargs or {}))
 
 
 def split(layer: str) -> tuple[str, int | None]:
@@ -122,9 +128,9 @@ def select(output: Any, logits: int | str | None) -> Tensor:
 
 
 @contextmanager
-def twice_differentiable(hardsigmoid: bool) -> Iterator[None]:
-    """Attention as a formula, and hardsigmoid where it is met."""
-    with sdpa_kernel(SDPBackend.MATH), Hardsigmoids() if hardsigmoid else nullcontext():
+def twice_differentiable(replaced: bool) -> Iterator[None]:
+    """Attention as a formula, and what is `Replaced` where it was met."""
+    with sdpa_kernel(SDPBackend.MATH), Replaced() if replaced else nullcontext():
         yield
 
 

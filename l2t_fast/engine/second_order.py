@@ -8,10 +8,13 @@ few that exist mathematically and that PyTorch lacks. What `SecondOrder.context`
   formula as products and a softmax. (Their own fast path is taken only where nothing is differentiated.)
 - hardsigmoid h, also in place: PyTorch's kernels for its value and for its gradient g ↦ g·h'(x). The latter is linear
   in g, so its own derivative is itself; and piecewise constant in x, so there it is zero.
+- normalize: the norm of an all-zero vector (a padded token) is put in as the constant 0; PyTorch's second derivative is
+  NaN there, though x / max(|x|, ε) is x / ε around zero.
 - LSTM, GRU and RNN on CUDA, and grid_sample there: PyTorch's own kernels instead of cuDNN's, the same formulas.
 
 What stays without: roi_align, roi_pool, ps_roi_align, deform_conv2d, EmbeddingBag, CrossMapLRN2d,
 segment_reduce, CTC and margin losses, functions marked `once_differentiable`; `examine` names the module with one.
+A second derivative that is infinite or NaN with the trial's numbers (LPPool of zeros, sqrt at zero) is let pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +65,15 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(_Hardsigmoid.apply(input.clone()))
 
 
+def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
+    """F.normalize; the names of the arguments are PyTorch's. (With `out` nothing is differentiated.)"""
+    if out is not None:
+        return F.normalize(input, p, dim, eps, out)
+    zero = (input == 0).all(dim, keepdim=True)
+    norm = torch.where(zero, 1.0, input).norm(p, dim, keepdim=True)
+    return input / torch.where(zero, 0.0, norm).clamp_min(eps).expand_as(input)
+
+
 def _without_cudnn(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     enabled = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
@@ -73,6 +85,7 @@ def _without_cudnn(function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: _hardsigmoid,
+    F.normalize: _normalize,
     torch._C._nn.hardsigmoid: _hardsigmoid,
     torch._C._nn.hardsigmoid_: partial(_hardsigmoid, inplace=True),
     **{
@@ -89,6 +102,18 @@ class Replacements(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _TABLE.get(func, func)(*args, **(kwargs or {}))
+
+
+class _Watch(TorchFunctionMode):
+    """Whether normalize is called: on another batch a vector may be zero."""
+
+    normalizes = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.normalizes |= func is F.normalize
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -131,11 +156,15 @@ def examine(
     """
     device = next((p.device for p in parameters), torch.device("cpu"))
     with undisturbed(module, device), torch.enable_grad():
+        errors = {}
         for way in (SecondOrder(), SecondOrder(replace=True)):
-            with way.context():
+            with way.context(), _Watch() as watch:
                 outputs = run()
-            error = _trial(outputs, parameters)
-            if error is None:
+            errors[way] = _trial(outputs, parameters)
+            if errors[way] is None and (way.replace or not watch.normalizes):
+                return way
+        for way, error in errors.items():
+            if error is None or isinstance(error, _NotFinite):  # with these numbers; nothing here mends it
                 return way
         name, culprit, error = _culprit(module, run) or ("", module, error)
     place = f"'{name}' of the {role}" if name else f"the {role}"
@@ -143,6 +172,10 @@ def examine(
         f"{place} ({type(culprit).__name__}) cannot be differentiated twice ({_reason(error)}): compose it of "
         "operations that have second derivatives."
     ) from error
+
+
+class _NotFinite(Exception):
+    """A second derivative is infinite or NaN where the first is not."""
 
 
 def _trial(outputs: Any, inputs: Sequence[Tensor]) -> Exception | None:
@@ -156,10 +189,16 @@ def _trial(outputs: Any, inputs: Sequence[Tensor]) -> Exception | None:
         squares = [g.abs().square().sum() for g in first if g is not None and g.requires_grad]
         _raise_what_grad_passes_over(squares)
         if squares:
-            torch.autograd.grad(squares, inputs, allow_unused=True)
+            second = torch.autograd.grad(squares, inputs, allow_unused=True)
+            if _finite(first) and not _finite(second):
+                return _NotFinite()
     except Exception as error:  # whatever a backward pass may raise
         return error
     return None
+
+
+def _finite(tensors: Sequence[Tensor | None]) -> bool:
+    return all(t is None or bool(t.isfinite().all()) for t in tensors)
 
 
 def _raise_what_grad_passes_over(values: Sequence[Tensor]) -> None:
@@ -206,7 +245,8 @@ def _culprit(module: nn.Module, run: Callable[[], Any]) -> tuple[str, nn.Module,
                 outputs = called(*args, **kwargs)
         except Exception:  # a module that cannot run alone is not the one to name
             continue
-        if (error := _trial(outputs, [*called.parameters(), *_tensors(calls[called])])) is not None:
+        error = _trial(outputs, [*called.parameters(), *_tensors(calls[called])])
+        if error is not None and not isinstance(error, _NotFinite):
             return names[called], called, error
     return None
 

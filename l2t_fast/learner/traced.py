@@ -72,9 +72,13 @@ def trace(network: Network, example: Tensor) -> TracedNetwork:
     if any(True for _ in hooks_of(module)):
         raise _refused(network, "it has hooks, which a graph would lose")
     modes = {name: m.training for name, m in module.named_modules()}
-    with undisturbed(module, example.device):
+    with undisturbed(module, example.device):  # a traced pass may leave symbols in attributes and buffers
         nodes = _resolve(network)
-        graph = create_feature_extractor(module, return_nodes=nodes, suppress_diff_warning=True)
+    with undisturbed(module, example.device):
+        try:
+            graph = create_feature_extractor(module, return_nodes=nodes, suppress_diff_warning=True)
+        except Exception as error:  # the modes that the network is not in are traced as well
+            raise _untraceable(network, error) from error
         graph.train(module.training)
         for name, m in graph.named_modules():  # all in one mode while they were traced
             m.training = modes.get(name, m.training)
@@ -87,6 +91,11 @@ def trace(network: Network, example: Tensor) -> TracedNetwork:
 def _refused(network: Network, why: str) -> L2TError:
     name = type(network.module).__name__
     return L2TError(f"the {network.role} ({name}) cannot be compiled: {why}; use mode='graph' or 'eager'.")
+
+
+def _untraceable(network: Network, error: Exception) -> L2TError:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return _refused(network, f"torch.fx cannot trace it ({line.rstrip('.')})")
 
 
 class _ModuleTracer(NodePathTracer):  # type: ignore[misc]
@@ -112,8 +121,7 @@ def _resolve(network: Network) -> dict[str, str]:
     try:
         graph = tracer.trace(network.module)
     except Exception as error:  # whatever a forward pass may raise on a symbolic input
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _refused(network, f"torch.fx cannot trace it ({line.rstrip('.')})") from error
+        raise _untraceable(network, error) from error
     names: dict[fx.Node, str] = tracer.node_to_qualname
     nodes: dict[str, str] = {}
 

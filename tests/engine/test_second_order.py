@@ -211,6 +211,22 @@ def test_values_and_gradients_are_pytorchs_bit_by_bit(op: Function, dtype: torch
     assert actual.requires_grad or "hardsig" not in str(op).lower()
 
 
+def test_normalize_is_pytorchs_bit_by_bit() -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(3, 1, 5, dtype=torch.float64)
+    mask[0, 0, 1] = 0
+    g = torch.randn(3, 4, 5, dtype=torch.float64)
+    for options in ({}, {"dim": -1}, {"p": 3.0}, {"p": 1.0, "dim": 2}):
+        expected = F.normalize(x * mask, **options)
+        (slopes,) = torch.autograd.grad(expected, x, g)
+        with SecondOrder(replace=True).context():
+            y = F.normalize(x * mask, **options)
+        (actual,) = torch.autograd.grad(y, x, g, create_graph=True)
+        assert torch.equal(y, expected)
+        assert torch.equal(actual, slopes)
+        assert torch.autograd.grad(actual.square().sum(), x)[0].isfinite().all()
+
+
 class Net(nn.Module):
     """One block after a convolution; state of every kind, which a forward pass changes."""
 
@@ -228,6 +244,16 @@ class Net(nn.Module):
         self.mean = 0.9 * self.mean + 0.1 * h.mean((0, 2, 3)).detach()  # another tensor
         h = self.block(h)
         return {"features": [h], "logits": self.head(h.mean((2, 3)))}
+
+
+class Normalize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x)
+
+
+class PaddedNormalize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.normalize(F.pad(x, (1, 1)))[..., 1:-1] + F.normalize(x * torch.eye(6).to(x))
 
 
 class RoiAlign(nn.Module):
@@ -287,6 +313,10 @@ def look(net: nn.Module) -> SecondOrder:
         (nn.ReLU(), False),
         (Attention(), False),
         (nn.Hardswish(), False),
+        (nn.LPPool2d(2, 2), False),
+        (nn.Sequential(nn.ReLU(), nn.ConstantPad2d(2, 0.0), nn.LPPool2d(2, 2)), False),  # NaN, which nothing can mend
+        (PaddedNormalize(), True),
+        (Normalize(), True),  # for batches with zeros
         (nn.Hardsigmoid(), True),
         (nn.Hardsigmoid(inplace=True), True),
         (nn.Sequential(Attention(), ops.SqueezeExcitation(4, 2, scale_activation=nn.Hardsigmoid)), True),

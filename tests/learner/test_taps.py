@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.learner import L2T
+from l2t_fast.learner.network import Network
 from l2t_fast.learner.pairs import Shape
-from l2t_fast.learner.taps import Taps, tap
 
 pytestmark = pytest.mark.core
 
@@ -23,7 +24,7 @@ NETWORKS = {
     "vgg11_bn": ["0.2", "0.6", "0.27"],
     "mobilenet_v3_small": ["features.0", "features.1.block.1", "features.3", "features.12"],
     "densenet121": ["features.pool0", "features.denseblock1", "features.transition3", "features.denseblock4"],
-    "efficientnet_b0": ["features.2", "features.2.1.stochastic_depth", "features.8"],
+    "efficientnet_b0": ["features.2", "features.3.0.block", "features.8"],
 }
 
 
@@ -33,8 +34,12 @@ def vgg11_bn() -> nn.Module:
     return nn.Sequential(features, nn.Flatten(), nn.Linear(512, 5))
 
 
-def tap_target(module: nn.Module, layers: Sequence[str], x: Tensor = X) -> Taps:
-    return tap(module, layers, x, role="target", output=True)
+def tap(module: nn.Module, layers: Sequence[str], x: Tensor = X, *, role: str, output: bool, **options: Any) -> Network:
+    return Network(module, layers, x, role=role, output=output, **options)
+
+
+def tap_target(module: nn.Module, layers: Sequence[str], x: Tensor = X, **options: Any) -> Network:
+    return tap(module, layers, x, role="target", output=True, **options)
 
 
 def hooked(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[Tensor]:
@@ -80,21 +85,22 @@ def test_features_are_those_of_forward_hooks(name: str) -> None:
     assert_same_state(module, before)
 
     for training in (True, False):
-        expected_from, network = copy.deepcopy(module).train(training), taps.network.train(training)
+        expected_from = copy.deepcopy(module).train(training)
+        module.train(training)
         torch.manual_seed(1)
         expected = hooked(expected_from, layers, X)
         torch.manual_seed(1)
-        features, logits, _ = taps.split(network(X))
+        features, logits, _ = taps.run(X)
         assert logits is not None
         for actual, wanted in zip([logits, *features], expected, strict=True):
             assert torch.equal(actual, wanted)
         for actual, wanted in zip(module.buffers(), expected_from.buffers(), strict=True):
-            assert torch.equal(actual, wanted)
+            torch.testing.assert_close(actual, wanted)  # a twin takes the running variance from 1/σ: its last bits
         assert taps.shapes == tuple(tuple(feature.shape[1:]) for feature in features)
     assert taps.classes == 5
 
     source = tap(module.eval(), layers, X, role="source 0", output=False)
-    features, logits, _ = source.split(source.network(X))
+    features, logits, _ = source.run(X)
     assert logits is None
     assert all(torch.equal(*both) for both in zip(features, hooked(module, layers, X)[1:], strict=True))
 
@@ -174,33 +180,46 @@ def test_a_feature_overwritten_in_place_is_refused(name: str, role: str) -> None
 @torch.no_grad()
 @pytest.mark.parametrize("middle", [iadd, *OVERWRITES.values()])
 def test_what_overwrites_a_feature_does_not_matter_where_it_is_not_run(middle: Callable[[Toy, Tensor], Tensor]) -> None:
-    """A source stops at its last tapped layer, and torch.fx turns += into an addition."""
+    """A source stops at its last tapped layer."""
     toy = Toy(middle).eval()
-    taps = tap(toy, ["bn"], X, role="source 0", output=middle is iadd)
-    (feature,) = taps.split(taps.network(X)).features
+    (feature,) = tap(toy, ["bn"], X, role="source 0", output=False).run(X).features
     assert torch.equal(feature, toy.bn(toy.conv(X)))
 
 
 @torch.no_grad()
 def test_the_output_of_an_in_place_relu_is_a_feature() -> None:
     toy = Toy(OVERWRITES["module"]).eval()
-    (feature,), logits, _ = tap_target(toy, ["relu_"]).split(tap_target(toy, ["relu_"]).network(X))
+    (feature,), logits, _ = tap_target(toy, ["relu_"]).run(X)
     assert torch.equal(feature, toy.bn(toy.conv(X)).relu())
     assert torch.equal(logits, toy(X))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("role", "layer"), [("target", "conv"), ("target", "last"), ("source 0", "last")])
-def test_an_in_place_result_that_is_not_used_is_refused(role: str, layer: str) -> None:
-    toy = Toy(unused_relu)
-    before = state_of(toy)
-    with pytest.raises(L2TError, match=rf"the {role} \(Toy\) computes something else once torch.fx has traced it"):
-        tap(toy, [layer], X, role=role, output=role == "target")
-    assert_same_state(toy, before)
+@torch.no_grad()
+@pytest.mark.parametrize("middle", [unused_relu, doubled_in_training, set_slice, branch_on_value, iadd])
+def test_whatever_python_is_in_the_forward_pass(middle: Callable[[Toy, Tensor], Tensor]) -> None:
+    for training in (True, False):
+        toy = Toy(middle).train(training)
+        before = state_of(toy)
+        taps = tap_target(toy, ["conv", "last"])
+        assert_same_state(toy, before)
+        features, logits, _ = taps.run(X)
+        for actual, wanted in zip([logits, *features], hooked(toy, ["conv", "last"], X), strict=True):
+            assert torch.equal(actual, wanted)  # type: ignore[arg-type]
 
 
-def test_what_is_lost_in_training_mode_only_is_refused() -> None:
-    with pytest.raises(L2TError, match="computes something else"):
-        tap_target(Toy(doubled_in_training), ["last"])
+def test_a_feature_overwritten_later_on_other_images_is_refused() -> None:
+    toy = Toy(lambda toy, h: h if h.shape[2] == 32 else toy.relu_(h))
+    network = tap_target(toy, ["bn"])
+    network.run(X)
+    with pytest.raises(L2TError, match=r"layer 'bn' of the target is overwritten in place later in the forward pass"):
+        network.run(X[:, :, :16, :16])
+
+
+def test_a_layer_that_is_not_always_called() -> None:
+    toy = Toy(lambda toy, h: toy.relu(h) if h.shape[2] == 32 else h)
+    network = tap_target(toy, ["relu"])
+    with pytest.raises(L2TError, match=r"layer 'relu' of the target was not called in this forward pass"):
+        network.run(X[:, :, :16, :16])
 
 
 def returns_tuple(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,12 +251,9 @@ class Returns(nn.Module):
         (nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), Toy().pool, nn.Flatten(), nn.Linear(4, 2)), ["0", "0.0"],
          r"layers '0.0' and '0' of the target are the same feature"),
         (nn.Sequential(Toy().conv, Toy().pool, nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2)), ["3"],
-         r"layer '3' of the target gives \[2, 4\], but only features \[B, C, H, W\]"),
-        (Toy(branch_on_value), ["conv"], r"torch.fx cannot trace the target \(Toy\): .*control flow"),
-        (Toy(set_slice), ["conv"], r"torch.fx cannot trace the target \(Toy\): .*item assignment"),
-        (torchvision.models.mobilenet_v3_small(), ["features.0.1"], r"layer 'features.0.1' .* is never called itself"),
+         r"layer '3' of the target gives \[2, 4\], which is no map: tap a layer that gives \[B, C, H, W\]"),
         (Returns(returns_tuple), ["body"], r"the target returns tuple, not one tensor of logits"),
-        (Returns(lambda h: {"out": h}), ["body"], r"the target returns \w*dict, not one tensor of logits"),
+        (Returns(lambda h: {"out": h}), ["body"], r"the target returns dict with .out., not one tensor of logits"),
         (Returns(lambda h: h + 1), ["body"], r"the target returns \[2, 4, 32, 32\], not logits \[B, classes\]"),
         (Toy(), "conv", r"the layers of the target must be a list of names, not 'conv'"),
     ],
@@ -252,8 +268,36 @@ def test_what_cannot_be_tapped(module: nn.Module, layers: list[str], message: st
 def test_a_layer_that_returns_a_tuple_is_refused() -> None:
     module = nn.Sequential(Returns(returns_tuple), Returns(returns_tuple))
     module[0].make, module[1].forward = returns_tuple, lambda pair: pair[0].mean((2, 3))
-    with pytest.raises(L2TError, match=r"layer '0' of the target returns tuple, not one tensor"):
+    with pytest.raises(L2TError, match=r"layer '0' of the target gives several features: .*'0\[0\]' \[2, 4, 32, 32\]"):
         tap_target(module, ["0"])
+
+
+@torch.no_grad()
+def test_one_of_several_features_is_tapped_by_its_place() -> None:
+    module = nn.Sequential(Returns(lambda h: (h, h + 1)), Returns(returns_tuple))
+    module[1].forward = lambda pair: pair[0].mean((2, 3))
+    (feature,), _, _ = tap_target(module, ["0[1]"]).run(X)
+    assert torch.equal(feature, module[0].body(X) + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", ["logits", 1])
+def test_the_logits_are_chosen_by_key_or_position(key: str | int) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Toy()
+
+        def forward(self, x: Tensor) -> object:
+            return (
+                {"aux": 2 * self.net(x), "logits": self.net(x)} if key == "logits" else (2 * self.net(x), self.net(x))
+            )
+
+    two = Two().eval()
+    logits = tap_target(two, [], logits=key).run(X).logits
+    assert torch.equal(logits, two.net(X))  # type: ignore[arg-type]
+    with pytest.raises(L2TError, match=r"the target returns .*which has no logits='other': name another"):
+        tap_target(two, [], logits="other")
 
 
 def test_images_that_the_network_cannot_take() -> None:
@@ -266,7 +310,7 @@ def test_images_that_the_network_cannot_take() -> None:
 def test_the_second_call_of_a_module_has_a_name() -> None:
     toy = Toy(lambda t, h: t.relu(t.relu(h) - 1)).eval()
     taps = tap_target(toy, ["relu_1"])
-    assert torch.equal(taps.split(taps.network(X)).features[0], (toy.bn(toy.conv(X)).relu() - 1).relu())
+    assert torch.equal(taps.run(X).features[0], (toy.bn(toy.conv(X)).relu() - 1).relu())
 
 
 def test_mathematics_on_shapes_can_be_traced() -> None:
@@ -291,16 +335,19 @@ def test_one_image_is_enough_of_an_example_and_dropout_draws_nothing() -> None:
     assert_same_state(module, before)
 
 
-def test_the_network_shares_parameters_and_leaves_out_what_is_not_needed() -> None:
-    toy = Toy()
-    taps = tap_target(toy, ["bn"])
-    theirs, ours = dict(toy.named_parameters()), dict(taps.network.named_parameters())
-    assert theirs.keys() - ours.keys() == {"unused.weight", "unused.bias"}
-    assert all(ours[name] is theirs[name] for name in ours)
-    source = tap(toy.eval(), ["bn"], X, role="source 0", output=False)
-    assert {name for name, _ in source.network.named_parameters()} == {
-        f"{m}.{p}" for m in ("conv", "bn") for p in ("weight", "bias")
-    }
+@pytest.mark.parametrize("wrapped", [nn.DataParallel, lambda toy: torch.compile(toy, backend="eager")])
+def test_wrappers_are_taken_off(wrapped: Callable[[nn.Module], nn.Module]) -> None:
+    toy, source = Toy(), Toy()
+    options: dict[str, Any] = {"source_layers": ["bn"], "target_layers": ["bn"], "example": X}
+    learner = L2T(wrapped(source), wrapped(toy), **options)
+    assert learner.target is toy
+    assert learner.sources[0] is source
+
+
+def test_a_scripted_network_is_refused_with_what_to_give() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 2)))
+    with pytest.raises(L2TError, match=r"the target is a scripted module: give the Python module that it was made of"):
+        L2T([], scripted, source_layers=[], target_layers=[], pairs=[], example=X)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def check_by_differences(reference: Reference) -> None:
             for (name, p), part in zip(reference.phi.items(), parts, strict=True):
                 p.copy_(phi[name] + part.view_as(p))
         seed_all()
-        with twice_differentiable(hardsigmoid=True):
+        with twice_differentiable(replaced=True):
             return reference.simulate([train] * 2, val)[0]
 
     direction = F.normalize(gradient, dim=0)
@@ -106,9 +106,17 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(t, t, t).transpose(1, 2).view_as(x)
 
 
-@pytest.mark.parametrize(
-    "middle", [Coin(), Attention(), nn.Hardsigmoid(), nn.Hardsigmoid(inplace=True), nn.Hardswish()]
-)
+class Normalize(nn.Module):
+    """Of pixels, the last row of which is padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(F.pad(x, (0, 0, 0, 1)))[:, :, 1:]
+
+
+MIDDLE = [Coin(), Attention(), Normalize(), nn.Hardsigmoid(), nn.Hardsigmoid(inplace=True), nn.Hardswish()]
+
+
+@pytest.mark.parametrize("middle", MIDDLE, ids=lambda middle: type(middle).__name__)
 @pytest.mark.parametrize("scheme", ["transfer", "simulation"])
 def test_modules_of_many_kinds(middle: nn.Module, scheme: str) -> None:
     middle = copy.deepcopy(middle)
