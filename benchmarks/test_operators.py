@@ -13,14 +13,14 @@ from benchmarks.measure.rates import set_precision
 from l2t_fast.kernels.matching import aten
 
 CUDA = torch.cuda.is_available()
-CASES = ["cifar", "imagenet", "four-source"] if CUDA else ["tiny"]
+NAMES = ["cifar", "imagenet", "four-source"] if CUDA else ["tiny"]
 BY = ["triton", "aten", "eager", "compiled"] if CUDA else ["aten", "eager"]
 
 
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("precision", operators.PRECISIONS)
 @pytest.mark.parametrize("operator", ["gradient", "adjoint"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_operator(
     name: str, operator: str, precision: str, by: str, device: torch.device, timed: Callable[..., Any]
 ) -> None:

@@ -220,7 +220,7 @@ class Reference:
         metrics = {"loss": org.detach(), "matching_loss": matching.detach()}
         if self.meta_optimizer is not None:
             with twice_differentiable(self._replaced):
-                metrics["meta_loss"], gradient = self._simulate(batches, val)
+                metrics["meta_loss"], gradient = self.simulate(batches, val)
             for p, g in zip(self.phi.values(), gradient, strict=True):
                 p.grad = g
             self.meta_optimizer.step()
@@ -238,7 +238,7 @@ class Reference:
             return {}
         start = self._save()
         with twice_differentiable(self._replaced):
-            _, gradient = self._simulate(batches, val)
+            _, gradient = self.simulate(batches, val)
         self._restore(start)
         return dict(zip(self.phi, gradient, strict=True))
 
@@ -339,7 +339,7 @@ class Reference:
         self.optimizer.load_state_dict(state.optimizer)
         state.generators.set()
 
-    def _simulate(self, batches: list[Batch], val: Batch | None) -> tuple[Tensor, list[Tensor]]:
+    def simulate(self, batches: list[Batch], val: Batch | None) -> tuple[Tensor, list[Tensor]]:
         """L_meta after the simulated steps, and dL_meta/dφ; rolls everything back but the random generators."""
         x, y = batches[0]
         objectives: list[Callable[[], Tensor]]

@@ -61,9 +61,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def everything(of: Engine) -> dict[str, Tensor]:
+def everything(subject: Engine) -> dict[str, Tensor]:
     """Copies of all numbers that an iteration changes, in one dictionary."""
-    state = copy.deepcopy(of.state_dict())
+    state = copy.deepcopy(subject.state_dict())
     tensors = {
         f"{group}.{name}": t for group in ("theta", "momentum", "buffers", "phi") for name, t in state[group].items()
     }
@@ -73,13 +73,13 @@ def everything(of: Engine) -> dict[str, Tensor]:
     return tensors | moments
 
 
-def load_as(of: Engine, state: dict[str, Any]) -> None:
+def load_as(subject: Engine, state: dict[str, Any]) -> None:
     """A state of other precision or of another device; Adam starts anew."""
     values = copy.deepcopy(state)
-    dtype = next(iter(of.state_dict()["theta"].values())).dtype
+    dtype = next(iter(subject.state_dict()["theta"].values())).dtype
     for group in ("theta", "momentum", "buffers", "phi"):
         values[group] = {n: t.to(dtype) if t.is_floating_point() else t for n, t in values[group].items()}
-    of.load_state_dict({**values, "adam": of.state_dict()["adam"]})
+    subject.load_state_dict({**values, "adam": subject.state_dict()["adam"]})
 
 
 # Benchmarks

@@ -29,9 +29,9 @@ def train(runs: Path, *arguments: str) -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one sentence that a command is refused with."""
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as stopped:
         main(["train", *arguments])
-    assert exit_.value.code == 2
+    assert stopped.value.code == 2
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("l2t-fast: ")
     assert "Traceback" not in error

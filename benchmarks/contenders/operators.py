@@ -47,22 +47,22 @@ class Problem:
 
     targets: list[Tensor]  # [B, C_t, H, W] a target layer
     sources: list[Tensor]  # [B, C_s, h, w] a source layer
-    weights: list[Tensor]  # [C_s, C_t, 1, 1] a pair
+    projections: list[Tensor]  # [C_s, C_t, 1, 1] a pair
     biases: list[Tensor]  # [C_s] a pair
-    cotangents: list[Tensor]  # [B, C_s] a pair
+    coefficients: list[Tensor]  # [B, C_s] a pair
     u_targets: list[Tensor]
-    u_weights: list[Tensor]
+    u_projections: list[Tensor]
     u_biases: list[Tensor]
     source_of: list[int]
     target_of: list[int]
 
     @property
     def primal(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        return self.targets, self.sources, self.weights, self.biases
+        return self.targets, self.sources, self.projections, self.biases
 
     @property
     def direction(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        return self.u_targets, self.u_weights, self.u_biases
+        return self.u_targets, self.u_projections, self.u_biases
 
     @property
     def indices(self) -> tuple[list[int], list[int]]:
@@ -100,11 +100,11 @@ def random_problem(case: str, precision: str, device: torch.device) -> Problem:
     return Problem(
         targets=features(targets),
         sources=features(sources),
-        weights=projections(),
+        projections=projections(),
         biases=biases(),
-        cotangents=[randn(batch, sources[m][0]).abs() / batch for m, _ in pairs],
+        coefficients=[randn(batch, sources[m][0]).abs() / batch for m, _ in pairs],
         u_targets=features(targets),
-        u_weights=projections(),
+        u_projections=projections(),
         u_biases=biases(),
         source_of=[m for m, _ in pairs],
         target_of=[n for _, n in pairs],
@@ -113,7 +113,7 @@ def random_problem(case: str, precision: str, device: torch.device) -> Problem:
 
 def formulas(module: Any, problem: Problem, operator: str) -> Outputs:
     """By the functions of `aten`, or others of their signatures."""
-    a = problem.cotangents
+    a = problem.coefficients
     if operator == "distances":
         return [module.matching_distances(*problem.primal, *problem.indices)]
     if operator == "gradient":
@@ -126,14 +126,14 @@ def formulas(module: Any, problem: Problem, operator: str) -> Outputs:
 def plain_distances(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
     biases: Sequence[Tensor],
     source_of: Sequence[int],
     target_of: Sequence[int],
 ) -> list[Tensor]:
     """E, a [B, C_s] for each pair, as anyone would write it."""
     E = []
-    for r, bias, m, n in zip(weights, biases, source_of, target_of, strict=True):
+    for r, bias, m, n in zip(projections, biases, source_of, target_of, strict=True):
         T, S = targets[n], sources[m]
         if S.shape[2:] != T.shape[2:]:
             S = F.interpolate(S, size=T.shape[2:], mode="bilinear", align_corners=False)
@@ -151,7 +151,7 @@ def by_autograd(loss: Callable[..., Tensor], problem: Problem, operator: str) ->
     """All but the distances, by differentiating `loss` once or twice."""
     T, r, bias, a = (
         [t.detach().requires_grad_() for t in tensors]
-        for tensors in (problem.targets, problem.weights, problem.biases, problem.cotangents)
+        for tensors in (problem.targets, problem.projections, problem.biases, problem.coefficients)
     )
     primal = [*T, *r, *bias]
     lengths = [len(T), len(r), len(bias), len(a)]

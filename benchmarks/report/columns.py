@@ -5,31 +5,32 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from benchmarks.rows import Row, contender_name
+from l2t_fast.reports.grid import markdown_table
 
-Cell = Callable[[Row], str]
+CellText = Callable[[Row], str]
 
 
-class Column(NamedTuple):
-    """Of a Markdown table."""
+class MarkdownColumn(NamedTuple):
+    """Its title, the text of a row in it, how it is aligned."""
 
     title: str
-    cell: Cell
+    cell: CellText
     rule: str = "---"  # "---:" aligns to the right
 
 
-def table(columns: Sequence[Column], rows: Iterable[Row]) -> str:
+def table(columns: Sequence[MarkdownColumn], rows: Iterable[Row]) -> str:
     """A Markdown table; a column that no row has anything for is left out."""
     lines = [[column.cell(row) for column in columns] for row in rows]
     kept = [i for i in range(len(columns)) if any(line[i] not in ("–", "") for line in lines)]
     header, rule = [columns[i].title for i in kept], [columns[i].rule for i in kept]
     body = [[line[i] for i in kept] for line in lines]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, rule, *body])
+    return markdown_table(header, rule, body) + "\n"
 
 
 # Cells
 
 
-def number(field: str, form: str = ".3g", scale: float = 1.0) -> Cell:
+def number(field: str, form: str = ".3g", scale: float = 1.0) -> CellText:
     """A cell with a number, or with a dash."""
 
     def cell(row: Row) -> str:
@@ -39,7 +40,7 @@ def number(field: str, form: str = ".3g", scale: float = 1.0) -> Cell:
     return cell
 
 
-def text(field: str) -> Cell:
+def text(field: str) -> CellText:
     return lambda row: str(row.get(field, "–"))
 
 
@@ -47,7 +48,7 @@ def milliseconds(row: Row) -> str:
     return f"{row['ms_median']:.4g} ({row['ms_p20']:.4g} – {row['ms_p80']:.4g})"
 
 
-def speedup(over: str) -> Cell:
+def speedup(over: str) -> CellText:
     def cell(row: Row) -> str:
         if f"speedup_over_{over}" not in row:
             return "–"
@@ -84,16 +85,16 @@ def notes(row: Row) -> str:
 # Columns
 
 
-FLOOR = (Column("floor, ms (bound)", floor), Column("of floor", number("floor_fraction", ".0%")))
+FLOOR = (MarkdownColumn("floor, ms (bound)", floor), MarkdownColumn("of floor", number("floor_fraction", ".0%")))
 STEP = (
-    Column("case", text("case")),
-    Column("batch", text("batch")),
-    Column("part", text("part")),
-    Column("by", text("by")),
-    Column("ms", milliseconds),
-    Column("× plain", speedup("plain")),
+    MarkdownColumn("case", text("case")),
+    MarkdownColumn("batch", text("batch")),
+    MarkdownColumn("part", text("part")),
+    MarkdownColumn("by", text("by")),
+    MarkdownColumn("ms", milliseconds),
+    MarkdownColumn("× plain", speedup("plain")),
     *FLOOR,
-    Column("", notes),
+    MarkdownColumn("", notes),
 )
 
 
@@ -102,7 +103,7 @@ class Section(NamedTuple):
 
     title: str
     remark: str
-    columns: tuple[Column, ...]
+    columns: tuple[MarkdownColumn, ...]
 
 
 SECTIONS = {
@@ -112,38 +113,38 @@ SECTIONS = {
         "step took, relative to float64; beside it PyTorch's own in the same precision. A row is exact if its float64 "
         "error is below 1e-9 and its error at most 1.5 times PyTorch's own or, in float32, below 5e-6.",
         (
-            Column("case", text("case")),
-            Column("batch", text("batch")),
-            Column("T", text("inner_steps")),
-            Column("by", contender_name),
-            Column("ms", milliseconds),
-            Column("images/s", number("images_per_second", ".4g")),
-            Column("× reference", speedup("reference")),
-            Column("× official", speedup("official")),
+            MarkdownColumn("case", text("case")),
+            MarkdownColumn("batch", text("batch")),
+            MarkdownColumn("T", text("inner_steps")),
+            MarkdownColumn("by", contender_name),
+            MarkdownColumn("ms", milliseconds),
+            MarkdownColumn("images/s", number("images_per_second", ".4g")),
+            MarkdownColumn("× reference", speedup("reference")),
+            MarkdownColumn("× official", speedup("official")),
             *FLOOR,
-            Column("GFLOP", number("flops", ".4g", 1e-9)),
-            Column("peak MB", memory),
-            Column("J", number("joules_per_iteration")),
-            Column("images/J", number("images_per_joule")),
-            Column("error", number("error", ".1e")),
-            Column("PyTorch's", number("error_pytorch", ".1e")),
-            Column("error, float64", number("error_float64", ".1e")),
-            Column("", notes),
+            MarkdownColumn("GFLOP", number("flops", ".4g", 1e-9)),
+            MarkdownColumn("peak MB", memory),
+            MarkdownColumn("J", number("joules_per_iteration")),
+            MarkdownColumn("images/J", number("images_per_joule")),
+            MarkdownColumn("error", number("error", ".1e")),
+            MarkdownColumn("PyTorch's", number("error_pytorch", ".1e")),
+            MarkdownColumn("error, float64", number("error_float64", ".1e")),
+            MarkdownColumn("", notes),
         ),
     ),
     "meta-gradient": Section(
         "The meta-gradient alone, by other libraries too",
         "From a state without momentum; no real step.",
         (
-            Column("case", text("case")),
-            Column("batch", text("batch")),
-            Column("T", text("inner_steps")),
-            Column("by", contender_name),
-            Column("ms", milliseconds),
-            Column("× reference", speedup("reference")),
+            MarkdownColumn("case", text("case")),
+            MarkdownColumn("batch", text("batch")),
+            MarkdownColumn("T", text("inner_steps")),
+            MarkdownColumn("by", contender_name),
+            MarkdownColumn("ms", milliseconds),
+            MarkdownColumn("× reference", speedup("reference")),
             *FLOOR,
-            Column("error, float64", number("error_float64", ".1e")),
-            Column("", notes),
+            MarkdownColumn("error, float64", number("error_float64", ".1e")),
+            MarkdownColumn("", notes),
         ),
     ),
     "operator": Section(
@@ -151,17 +152,17 @@ SECTIONS = {
         "Behind a check against float64; error: the largest ratio to that of the ATen formulas, exact up to 1.2 or, in "
         "float32, with an error below 1e-5.",
         (
-            Column("case", text("case")),
-            Column("precision", text("precision")),
-            Column("operator", text("operator")),
-            Column("by", text("by")),
-            Column("ms", milliseconds),
-            Column("× eager", speedup("eager")),
-            Column("× compiled", speedup("compiled")),
+            MarkdownColumn("case", text("case")),
+            MarkdownColumn("precision", text("precision")),
+            MarkdownColumn("operator", text("operator")),
+            MarkdownColumn("by", text("by")),
+            MarkdownColumn("ms", milliseconds),
+            MarkdownColumn("× eager", speedup("eager")),
+            MarkdownColumn("× compiled", speedup("compiled")),
             *FLOOR,
-            Column("error / ATen's", number("error_over_aten", ".2f")),
-            Column("launches", number("launches", "d")),
-            Column("", notes),
+            MarkdownColumn("error / ATen's", number("error_over_aten", ".2f")),
+            MarkdownColumn("launches", number("launches", "d")),
+            MarkdownColumn("", notes),
         ),
     ),
     "inner step": Section("Inner steps", "", STEP),
@@ -171,28 +172,28 @@ SECTIONS = {
         "Whole trainings",
         "Data, validation and checkpoints included.",
         (
-            Column("networks", text("case")),
-            Column("data", text("dataset")),
-            Column("method", text("by")),
-            Column("batch", text("batch")),
-            Column("images/s", number("images_per_second", ".4g")),
-            Column("seconds", number("seconds")),
+            MarkdownColumn("networks", text("case")),
+            MarkdownColumn("data", text("dataset")),
+            MarkdownColumn("method", text("by")),
+            MarkdownColumn("batch", text("batch")),
+            MarkdownColumn("images/s", number("images_per_second", ".4g")),
+            MarkdownColumn("seconds", number("seconds")),
             *FLOOR,
-            Column("", notes),
+            MarkdownColumn("", notes),
         ),
     ),
     "accuracy": Section(
         "Seconds to an accuracy",
         "Of the validation images, first reached at the end of an epoch.",
         (
-            Column("networks", text("case")),
-            Column("data", text("dataset")),
-            Column("method", text("by")),
-            Column("source", text("source")),
-            Column("accuracy", number("accuracy", ".0%")),
-            Column("seconds", number("seconds")),
+            MarkdownColumn("networks", text("case")),
+            MarkdownColumn("data", text("dataset")),
+            MarkdownColumn("method", text("by")),
+            MarkdownColumn("source", text("source")),
+            MarkdownColumn("accuracy", number("accuracy", ".0%")),
+            MarkdownColumn("seconds", number("seconds")),
             *FLOOR,
-            Column("", notes),
+            MarkdownColumn("", notes),
         ),
     ),
 }

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.columns import Column, number, table, text, title
+from benchmarks.report.columns import MarkdownColumn, number, table, text, title
 from benchmarks.rows import Row, read
 from l2t_fast.errors import L2TError
 
@@ -43,13 +43,13 @@ def compare(before: Path, after: Path) -> str:
     if not rows:
         raise L2TError(f"{before} and {after} have no measurement in common: compare two runs of the same cases.")
     columns = (
-        Column("measured", title),
-        Column("batch", text("batch")),
-        Column("T", text("inner_steps")),
-        Column("A, ms", number("a", ".4g")),
-        Column("B, ms", number("ms_median", ".4g")),
-        Column("A / B", number("ratio", ".2f")),
-        Column("", lambda row: "differ" if row["apart"] else "within noise"),
+        MarkdownColumn("measured", title),
+        MarkdownColumn("batch", text("batch")),
+        MarkdownColumn("T", text("inner_steps")),
+        MarkdownColumn("A, ms", number("a", ".4g")),
+        MarkdownColumn("B, ms", number("ms_median", ".4g")),
+        MarkdownColumn("A / B", number("ratio", ".2f")),
+        MarkdownColumn("", lambda row: "differ" if row["apart"] else "within noise"),
     )
     return head + "\n" + table(columns, rows)
 

@@ -4,23 +4,23 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report.columns import SECTIONS, Column, number, table, text, title
+from benchmarks.report.columns import SECTIONS, MarkdownColumn, number, table, text, title
 from benchmarks.report.pictures import draw
 from benchmarks.report.readme import update_readme
 from benchmarks.report.series import fits
 from benchmarks.rows import Row, contender_name, latest, read, say
 
 FITS = (
-    Column("case", text("case")),
-    Column("batch", text("batch"), "---:"),
-    Column("by", text("by")),
-    Column("ms =", text("line")),
-    Column("largest deviation", number("deviation", ".1%"), "---:"),
+    MarkdownColumn("case", text("case")),
+    MarkdownColumn("batch", text("batch"), "---:"),
+    MarkdownColumn("by", text("by")),
+    MarkdownColumn("ms =", text("line")),
+    MarkdownColumn("largest deviation", number("deviation", ".1%"), "---:"),
 )
 STAGES = (
-    Column("stage", text("stage")),
-    Column("seconds", number("seconds", ".0f")),
-    Column("outcome", text("outcome")),
+    MarkdownColumn("stage", text("stage")),
+    MarkdownColumn("seconds", number("seconds", ".0f")),
+    MarkdownColumn("outcome", text("outcome")),
 )
 
 
@@ -72,16 +72,18 @@ def markdown(first: Row, rows: Sequence[Row], pictures: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
-def _breakdown(rows: Sequence[Row]) -> list[Column]:
+def _breakdown(rows: Sequence[Row]) -> list[MarkdownColumn]:
     families = sorted({name for row in rows for name in row["family_ms"]})
-    columns = [Column("case", text("case")), Column("by", contender_name)]
-    columns += [Column(name, lambda row, name=name: f"{row['family_ms'].get(name, 0):.3g}") for name in families]
+    columns = [MarkdownColumn("case", text("case")), MarkdownColumn("by", contender_name)]
+    columns += [
+        MarkdownColumn(name, lambda row, name=name: f"{row['family_ms'].get(name, 0):.3g}") for name in families
+    ]
     return [
         *columns,
-        Column("GPU busy", number("busy_fraction", ".0%")),
-        Column("launches", number("launches", ".0f")),
-        Column("kernels", number("kernels", ".0f")),
-        Column("host syncs", number("host_synchronisations", ".0f")),
+        MarkdownColumn("GPU busy", number("busy_fraction", ".0%")),
+        MarkdownColumn("launches", number("launches", ".0f")),
+        MarkdownColumn("kernels", number("kernels", ".0f")),
+        MarkdownColumn("host syncs", number("host_synchronisations", ".0f")),
     ]
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from benchmarks.report.columns import Column, notes, number, speedup, table, text
+from benchmarks.report.columns import MarkdownColumn, notes, number, speedup, table, text
 from benchmarks.rows import contender_name, read
 from l2t_fast.errors import L2TError
 
@@ -18,15 +18,15 @@ def readme_block(path: Path) -> str:
     batch = {row["case"]: row["batch"] for row in reversed(found)}  # of each case the first: sweeps come later
     usual = [row for row in found if row["inner_steps"] == 2 and row["batch"] == batch[row["case"]]]
     columns = (
-        Column("case", text("case")),
-        Column("batch", text("batch")),
-        Column("by", contender_name),
-        Column("ms an iteration", lambda row: f"{row['ms_median']:.0f}"),
-        Column("× reference", speedup("reference")),
-        Column("× official", speedup("official")),
-        Column("GFLOP", number("flops", ".4g", 1e-9)),
-        Column("J", number("joules_per_iteration")),
-        Column("", notes),
+        MarkdownColumn("case", text("case")),
+        MarkdownColumn("batch", text("batch")),
+        MarkdownColumn("by", contender_name),
+        MarkdownColumn("ms an iteration", lambda row: f"{row['ms_median']:.0f}"),
+        MarkdownColumn("× reference", speedup("reference")),
+        MarkdownColumn("× official", speedup("official")),
+        MarkdownColumn("GFLOP", number("flops", ".4g", 1e-9)),
+        MarkdownColumn("J", number("joules_per_iteration")),
+        MarkdownColumn("", notes),
     )
     begin, end = MARKERS
     where = (

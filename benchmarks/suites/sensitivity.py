@@ -23,7 +23,7 @@ from l2t_fast import L2T, Engine
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import load_data
 from l2t_fast.engine import inner_step as inner
-from l2t_fast.engine.inner_step import Batch
+from l2t_fast.engine.inner_step import StepInput
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.networks.weights import checkpoint_classes, load_weights
@@ -79,7 +79,9 @@ def measure(engine: Engine, batches: list[tuple[Tensor, Tensor]]) -> Row:
         lam = torch.stack(learner.weights(S)[1])  # [P, B]
         dead = ((lam == 0).all(1) | (lam == 6).all(1)).double().mean()
         theta = inner.parameters(learner)
-        batch = Batch(x, y, *learner.matching_sources(S, learner.resizes(x)), learner.coefficients(S, engine.beta)[0])
+        batch = StepInput(
+            x, y, *learner.matching_sources(S, learner.resizes(x)), learner.coefficients(S, engine.beta)[0]
+        )
         parts = [
             torch.cat(
                 [g.flatten() for n, g in inner.gradient(learner, theta, batch, **which).theta.items() if "target" in n]

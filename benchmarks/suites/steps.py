@@ -78,7 +78,7 @@ def engine_step(
     with torch.no_grad():
         S = learner.source_features(x)
         a, _ = learner.coefficients(S, 0.5)
-        batch = inner.Batch(x, y, *learner.matching_sources(S, learner.resizes(x)), a)
+        batch = inner.StepInput(x, y, *learner.matching_sources(S, learner.resizes(x)), a)
     start = {name: p.detach().requires_grad_(adjoint) for name, p in inner.parameters(learner).items()}
     names = sorted(start)
     theta = [start[name] for name in names]

@@ -41,7 +41,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
     for.
     """
     _check(config)
-    train, test, num_classes = _whole_sets(config)
+    train, test, num_classes = whole_sets(config)
     if config.split is not None:
         classes, train_part, val_part, test_part = _read_split(config.split, train.labels, test.labels)
     else:
@@ -96,7 +96,7 @@ def _check(config: DataConfig) -> None:
         raise L2TError(f"workers must be at least 0, not {config.workers}.")
 
 
-def _whole_sets(config: DataConfig) -> tuple[ImageSet, ImageSet, int]:
+def whole_sets(config: DataConfig) -> tuple[ImageSet, ImageSet, int]:
     """The whole training set, the whole test set, and the number of classes."""
     train, test, num_classes = read_dataset(config.dataset, config.data_root, config.download)
     if test is None:  # half of each class, drawn once and for all

@@ -11,7 +11,7 @@ from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine.inner_step import Theta
 from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.kernels.sgd.step import sgd_adjoint_, sgd_step
-from l2t_fast.learner.backward_hooks import sweeping
+from l2t_fast.learner.hooks import sweeping
 
 Outer = Callable[[Theta], Tensor]
 
@@ -79,11 +79,11 @@ def meta_gradient(
     of all steps are kept, with "recompute" each is built once more when it is swept, in the `surroundings` that it had.
     """
     names = list(theta)
-    weights = [[a_p.detach().requires_grad_() for a_p in of_batch] for of_batch in a]
+    coefficients = [[a_p.detach().requires_grad_() for a_p in of_batch] for of_batch in a]
     total: list[list[Tensor | None]] = [[None] * len(of_batch) for of_batch in a]
     keep, around = memory == "save", None if memory == "save" else surroundings
 
-    steps, theta = _unroll(kinds, gradient, theta, momentum, weights, lr, rule, keep, around)
+    steps, theta = _unroll(kinds, gradient, theta, momentum, coefficients, lr, rule, keep, around)
     with torch.enable_grad():
         loss = outer(theta)
     end = around.read() if around is not None else None
@@ -95,7 +95,7 @@ def meta_gradient(
     while steps:
         step = steps.pop()
         kind, theta, g = kinds[len(steps)], step.theta, step.g
-        of_batch, sums = weights[kind.batch], total[kind.batch]
+        of_batch, sums = coefficients[kind.batch], total[kind.batch]
         dtypes = [step.dtypes.get(name) for name in names]
         cotangents, u_momentum = sgd_adjoint_(u_theta, u_momentum, dtypes, lr, rule)
         g_bar = dict(zip(names, cotangents, strict=True))
@@ -124,7 +124,7 @@ def _unroll(
     gradient: StepGradient,
     theta: Theta,
     momentum: Theta,
-    weights: Sequence[list[Tensor]],
+    coefficients: Sequence[list[Tensor]],
     lr: Tensor,
     rule: SGD,
     keep: bool,
@@ -138,7 +138,7 @@ def _unroll(
         start = {name: p.requires_grad_(name in reached) for name, p in theta.items()}
         state = around.read() if around is not None else None
         with torch.enable_grad():
-            g = gradient(kind, start, weights[kind.batch])
+            g = gradient(kind, start, coefficients[kind.batch])
         steps.append(_Step(start, {name: x.dtype for name, x in g.items()}, _edges(g) if keep else {}, state))
         reached = reached.union(name for name, x in g.items() if x.requires_grad)
         grads = [g.get(name) for name in theta]

@@ -12,9 +12,9 @@ from torch import Tensor
 from l2t_fast.choices import Scheme
 from l2t_fast.engine import inner_step
 from l2t_fast.engine.bilevel import Kind, simulated_steps
-from l2t_fast.engine.inner_step import Batch, Gradient, Theta
+from l2t_fast.engine.inner_step import Gradient, StepInput, Theta
 from l2t_fast.errors import L2TError
-from l2t_fast.learner.learner import L2T, AnyNetworks
+from l2t_fast.learner.learner import L2T, Networks
 
 BACKEND = "inductor"  # of torch.compile
 
@@ -42,19 +42,19 @@ class Steps:
     """
 
     source_pass: Callable[[Tensor, bool], Matched]
-    gradient: Callable[[Kind, bool, Theta, Batch, Buffers], Gradient]
+    gradient: Callable[[Kind, bool, Theta, StepInput, Buffers], Gradient]
     task_loss: Callable[[Theta, Tensor, Tensor, Buffers], Tensor]
     functional: bool = False
 
 
-def plain_steps(learner: L2T, beta: float, networks: AnyNetworks | None = None) -> Steps:
+def plain_steps(learner: L2T, beta: float, networks: Networks | None = None) -> Steps:
     """Each operation as PyTorch runs it."""
 
     def source_pass(x: Tensor, resized: bool) -> Matched:
         S, kept = learner.source_pass(x, networks)
         return Matched(*learner.matching_sources(S, resized), *learner.coefficients(S, beta), kept)
 
-    def gradient(kind: Kind, simulated: bool, theta: Theta, batch: Batch, buffers: Buffers) -> Gradient:
+    def gradient(kind: Kind, simulated: bool, theta: Theta, batch: StepInput, buffers: Buffers) -> Gradient:
         of_kind = {"task": kind.task, "matching": kind.matching, "simulated": simulated}
         return inner_step.gradient(learner, theta, batch, **of_kind, buffers=buffers, networks=networks)
 
@@ -97,8 +97,8 @@ def compiled_steps(learner: L2T, beta: float, units: Sequence[str], say: Say) ->
         made[unit] = attempt
         return result
 
-    def gradient(kind: Kind, simulated: bool, theta: Theta, batch: Batch, buffers: Buffers) -> Gradient:
-        def of_kind(theta: Theta, batch: Batch, buffers: Buffers) -> Gradient:
+    def gradient(kind: Kind, simulated: bool, theta: Theta, batch: StepInput, buffers: Buffers) -> Gradient:
+        def of_kind(theta: Theta, batch: StepInput, buffers: Buffers) -> Gradient:
             return steps.gradient(kind, simulated, theta, batch, buffers)
 
         first = not any(p.requires_grad for p in theta.values())

@@ -16,7 +16,7 @@ from torch import Tensor
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.layers.autograd import constant_primals
 from l2t_fast.kernels.matching import ops
-from l2t_fast.learner.learner import L2T, AnyNetworks
+from l2t_fast.learner.learner import L2T, Networks
 from l2t_fast.learner.network import Outputs, Runs
 
 Theta = dict[str, Tensor]
@@ -24,7 +24,7 @@ Theta = dict[str, Tensor]
 _TARGET, _TERMS = "target.", "terms."
 
 
-class Batch(NamedTuple):
+class StepInput(NamedTuple):
     """Images, labels, and what neither θ nor the step changes: source features and coefficients."""
 
     x: Tensor  # [B, C, H, W]; bfloat16 beside float32 parameters: computed in bfloat16
@@ -62,13 +62,13 @@ def parameters(learner: L2T) -> Theta:
 def gradient(
     learner: L2T,
     theta: Theta,
-    batch: Batch,
+    batch: StepInput,
     *,
     task: bool,
     matching: bool,
     simulated: bool = True,
     buffers: Mapping[str, Tensor] | None = None,
-    networks: AnyNetworks | None = None,
+    networks: Networks | None = None,
 ) -> Gradient:
     """∇θ of L_org (`task`) and of L_wfm (`matching`), with what the target's modes and hooks make of it.
 
@@ -136,7 +136,7 @@ def task_loss(
     y: Tensor,
     *,
     buffers: Mapping[str, Tensor] | None = None,
-    networks: AnyNetworks | None = None,
+    networks: Networks | None = None,
 ) -> Tensor:
     """L_org of (x, y) at θ, differentiable in θ; `buffers` of the target are copied for it."""
     network = (networks or learner.networks).target
@@ -163,7 +163,7 @@ def _terms(
     target: Theta,
     buffers: Mapping[str, Tensor],
     heads: Theta,
-    batch: Batch,
+    batch: StepInput,
     outputs: Outputs,
 ) -> list[Tensor]:
     """The value of each term."""

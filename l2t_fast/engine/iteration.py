@@ -10,7 +10,7 @@ from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine import bilevel
 from l2t_fast.engine.bilevel import Kind
 from l2t_fast.engine.compile import Steps
-from l2t_fast.engine.inner_step import Batch, Gradient, Theta
+from l2t_fast.engine.inner_step import Gradient, StepInput, Theta
 from l2t_fast.engine.state import Trained
 from l2t_fast.engine.surroundings import Buffers, Simulated
 from l2t_fast.kernels.sgd.step import sgd_step, sgd_step_
@@ -24,7 +24,7 @@ Metrics = dict[str, Tensor]
 class Matching:
     """The batches of an iteration, with what it needs of the sources once."""
 
-    batches: list[Batch]
+    batches: list[StepInput]
     a: list[list[Tensor]]  # of each batch: a [B, C_s] of each pair, with its graph to φ
     lam: list[list[Tensor]]  # λ [B] likewise
     outer: tuple[Tensor, Tensor]  # the batch of L_meta
@@ -76,7 +76,7 @@ class Iteration:
     def matching(self, steps: Steps, tensors: Sequence[Tensor]) -> Matching:
         """What an iteration needs once."""
         pairs, outer = self.split(tensors)
-        batches: list[Batch] = []
+        batches: list[StepInput] = []
         all_a: list[list[Tensor]] = []
         all_lam: list[list[Tensor]] = []
         for x, y in pairs:
@@ -84,7 +84,7 @@ class Iteration:
                 S, source_of, a, lam, kept = steps.source_pass(x, self.learner.resizes(x))
             else:
                 S, source_of, a, lam, kept = [], [], [], [], []
-            batches.append(Batch(x, y, S, source_of, [a_p.detach() for a_p in a], kept))
+            batches.append(StepInput(x, y, S, source_of, [a_p.detach() for a_p in a], kept))
             all_a.append(a)
             all_lam.append(lam)
         return Matching(batches, all_a, all_lam, outer)
@@ -96,7 +96,7 @@ class Iteration:
         return (pairs[:-1], pairs[-1]) if with_val else (pairs, pairs[0])
 
     @torch.no_grad()
-    def real_gradient(self, steps: Steps, batch: Batch) -> Gradient:
+    def real_gradient(self, steps: Steps, batch: StepInput) -> Gradient:
         """∇(L_org + L_wfm) at θ; the forward pass changes the target's buffers, or gives them back changed."""
         theta = {name: p.detach() for name, p in self.trained.theta.items()}
         if not steps.functional:

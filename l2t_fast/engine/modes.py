@@ -1,6 +1,5 @@
 """How an iteration runs: what "auto" picks, and what may be captured."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from l2t_fast.choices import Memory, Mode
 from l2t_fast.errors import L2TError
+from l2t_fast.learner.hooks import MODULE_HOOKS, hooks_of
 from l2t_fast.learner.places import MODULE_OWN
 
 _COMPILE_FROM = 50_000  # iterations from which "auto" expects torch.compile to win back its minutes; a guess
@@ -46,20 +46,9 @@ def check_capture(target: nn.Module, draws: Draws | None, memory: Memory) -> Non
         raise L2TError("the target draws random numbers on the CPU, which a CUDA graph would repeat")
     if draws is not None and draws.device and memory == "recompute":
         raise L2TError("memory='recompute' must draw the target's random numbers twice, which a CUDA graph cannot")
-    for name, hook in user_hooks(target):
-        raise L2TError(f"{hook} of '{name}' is Python, which a CUDA graph would not run again")
-
-
-def user_hooks(target: nn.Module) -> Iterator[tuple[str, str]]:
-    """The hooks of a network: (name of the module or parameter, kind of hook)."""
-    for name, module in target.named_modules():
-        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
-            hooks = getattr(module, f"_{kind}_hooks").values()
-            if any(type(hook).__name__ not in _HARMLESS_HOOKS for hook in hooks):
-                yield name or type(module).__name__, f"the {kind.replace('_', '-')} hook"
-    for name, p in target.named_parameters():
-        if p._backward_hooks:
-            yield name, "the hook"
+    for name, kind, hook in hooks_of(target):
+        if type(hook).__name__ not in _HARMLESS_HOOKS:
+            raise L2TError(f"the {kind} of '{name}' is Python, which a CUDA graph would not run again")
 
 
 def settings_of(target: nn.Module) -> list[Any]:
@@ -72,10 +61,9 @@ def settings_of(target: nn.Module) -> list[Any]:
         own = vars(module)
         found += (type(module), own["training"])
         found += [value for key, value in own.items() if key not in MODULE_OWN and type(value) in _SIMPLE]
-        found += [tuple(own[kind]) for kind in _HOOKS if own[kind]]
+        found += [tuple(own[kind]) for kind in MODULE_HOOKS if own[kind]]
     found += [tuple(p._backward_hooks) for p in target.parameters() if p._backward_hooks]
     return found
 
 
 _SIMPLE = frozenset((bool, int, float, str, type(None), tuple, torch.Size))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -17,14 +17,12 @@ segment_reduce, CTC and margin losses, functions marked `once_differentiable`; `
 A second derivative that is infinite or NaN with the trial's numbers (LPPool of zeros, sqrt at zero) is let pass.
 """
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from l2t_fast.errors import UnfitError
+from l2t_fast.learner.undisturbed import undisturbed
 
 
 class _HardsigmoidGradient(torch.autograd.Function):
@@ -155,7 +154,8 @@ def examine(
         UnfitError: it cannot be differentiated twice; names the innermost module to which this is due, and PyTorch's
             reason. What the forward pass itself raises passes through.
     """
-    with _undisturbed(module), torch.enable_grad():
+    device = next((p.device for p in parameters), torch.device("cpu"))
+    with undisturbed(module, device), torch.enable_grad():
         errors = {}
         for way in (SecondOrder(), SecondOrder(replace=True)):
             with way.context(), _Watch() as watch:
@@ -277,29 +277,3 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _reason(error: Exception | None) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
-
-
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Puts back what a forward pass may change: values and places of tensors, attributes, modes, generators."""
-    modules = [*module.modules()]
-    attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
-    tensors = [*module.parameters(), *module.buffers()]
-    tensors += [value for m in modules for value in vars(m).values() if isinstance(value, Tensor)]
-    values = [t.detach().clone() for t in tensors]
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  the one that modules use
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
-        for m, theirs, buffers in attributes:
-            m._buffers.clear()
-            m._buffers.update(buffers)
-            vars(m).clear()
-            vars(m).update(theirs)
-        for t, value in zip(tensors, values, strict=True):
-            if not torch.equal(t, value):
-                t.data.copy_(value)

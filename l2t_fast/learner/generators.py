@@ -1,7 +1,7 @@
 """The random generators that a forward pass may draw from: PyTorch's, Python's and NumPy's."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,17 +21,30 @@ class Generators(NamedTuple):
 
 def read_generators(device: torch.device) -> Generators:
     """The states now."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return Generators(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())  # noqa: NPY002
+    states = read_torch(device)
+    return Generators(states["cpu"], states.get("cuda"), random.getstate(), np.random.get_state())  # noqa: NPY002
 
 
 def set_generators(states: Generators, device: torch.device) -> None:
     """Puts back what `read_generators` gave."""
-    torch.set_rng_state(states.cpu)
-    if states.cuda is not None:
-        torch.cuda.set_rng_state(states.cuda, device)
+    set_torch({"cpu": states.cpu, **({} if states.cuda is None else {"cuda": states.cuda})}, device)
     random.setstate(states.python)
     np.random.set_state(states.numpy)  # noqa: NPY002
+
+
+def read_torch(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's alone, as checkpoints hold them: "cpu" and, on CUDA, "cuda"."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_torch(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Puts back what `read_torch` gave, as far as it belongs to this device."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 @contextmanager

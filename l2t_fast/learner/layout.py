@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 from l2t_fast.errors import L2TError
-from l2t_fast.learner.axes import Axes, Axis, Part, size_of, spatial_kinds
+from l2t_fast.learner.axes import Axes, Axis, Factor, size_of, spatial_kinds
 from l2t_fast.learner.trail import AxisTrail
 
 Layout = Literal["NCHW", "NHWC", "tokens"]
@@ -158,12 +158,12 @@ def _four_axes(axes: Axes) -> FeatureMap | None:
 def _place(axes: Axes, kind: str) -> int | None:
     """The one axis that is the rows (columns), whole and in order. Finer rows may lie in the channels."""
     places = [i for i, axis in enumerate(axes) if len(axis) == 1 and axis[0].kind == kind and _in_order(axis[0])]
-    tokens = any(part.kind == "tokens" for axis in axes for part in axis)
+    tokens = any(factor.kind == "tokens" for axis in axes for factor in axis)
     return places[0] if len(places) == 1 and not tokens else None
 
 
-def _in_order(part: Part) -> bool:
-    return part.spans and not part.shift
+def _in_order(factor: Factor) -> bool:
+    return factor.spans and not factor.shift
 
 
 def _tokens(axes: Axes) -> FeatureMap | None:
@@ -172,6 +172,6 @@ def _tokens(axes: Axes) -> FeatureMap | None:
     axis, prefix = axes[1], 0
     if len(axis) == 1 and axis[0].kind == "tokens":
         axis, prefix = axis[0].grid, axis[0].before
-    if [part.kind for part in axis] != ["H", "W"] or not all(map(_in_order, axis)):
+    if [factor.kind for factor in axis] != ["H", "W"] or not all(map(_in_order, axis)):
         return None
     return FeatureMap("tokens", (size_of(axes[2]), axis[0].size, axis[1].size), prefix)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,25 +15,19 @@ from l2t_fast.learner.network import Network, Outputs, Runs
 from l2t_fast.learner.pairs import Pair, PairSpec, resolve_pairs
 from l2t_fast.learner.taps import unwrapped
 from l2t_fast.learner.terms import MakeTerm, Shapes, TermNetworks
-from l2t_fast.learner.traced import TracedNetwork, trace
+from l2t_fast.learner.traced import trace
 from l2t_fast.learner.weights import channel_weights, check_kinds, pair_weights, what_head, where_head
 
 Layout = Mapping[str, str]
 
 
-SomeNetwork = TypeVar("SomeNetwork", bound=Runs)
-
-
 @dataclass(frozen=True)
-class Networks(Generic[SomeNetwork]):
+class Networks:
     """What runs: the sources and the target, as they are or traced."""
 
-    sources: Sequence[SomeNetwork]
-    target: SomeNetwork
+    sources: Sequence[Runs]
+    target: Runs
     traced: bool = False
-
-
-AnyNetworks = Networks[Network] | Networks[TracedNetwork]
 
 
 class L2T(nn.Module):
@@ -106,6 +100,7 @@ class L2T(nn.Module):
         target_network = Network(
             target, target_layers, example, role="target", output=True, logits=logits, layout=layouts[-1]
         )
+        self._tapped = [*source_networks, target_network]
         self.networks = Networks(source_networks, target_network)
         self.sources = nn.ModuleList(modules).requires_grad_(False)
         self.target = target
@@ -135,7 +130,7 @@ class L2T(nn.Module):
             for heads, head in ((self.what, what_head(what, C_s)), (self.where, where_head(where, C_s))):
                 if head is not None:
                     heads.append(head)
-        *of_sources, of_target = (Shapes(n.shapes, n.classes, n.hidden) for n in (*source_networks, target_network))
+        *of_sources, of_target = (Shapes(n.shapes, n.classes, n.hidden) for n in self._tapped)
         self.terms = nn.ModuleList(make(TermNetworks(tuple(of_sources), of_target)) for make in terms)
         for heads in (self.projections, self.what, self.where, self.terms):
             heads.to(example)
@@ -151,7 +146,7 @@ class L2T(nn.Module):
         """Whether anything is learned from the sources."""
         return bool(self.pairs) or len(self.terms) > 0
 
-    def traced_networks(self) -> Networks[TracedNetwork]:
+    def traced_networks(self) -> Networks:
         """The networks as graphs, for a compiler, traced and proved equal.
 
         Raises:
@@ -159,17 +154,17 @@ class L2T(nn.Module):
         """
         like = next(self.projections.parameters(), next(self.target.parameters()))
         example = like.detach().new_zeros(2, *self.image_shape)
-        sources = [trace(network, example) for network in self.networks.sources]
-        return Networks(sources, trace(self.networks.target, example), traced=True)
+        *sources, target = (trace(network, example) for network in self._tapped)
+        return Networks(sources, target, traced=True)
 
-    def source_features(self, x: Tensor, networks: AnyNetworks | None = None) -> list[Tensor]:
+    def source_features(self, x: Tensor, networks: Networks | None = None) -> list[Tensor]:
         """S: a feature [B, C_s, h, w] of each source layer that some pair uses; no gradient."""
         used = {s for s, _ in self._used_sources}
         with torch.no_grad():
             features = {s: self.source_outputs(s, x, networks).features for s in used}
         return [features[s][m] for s, m in self._used_sources]
 
-    def source_pass(self, x: Tensor, networks: AnyNetworks | None = None) -> tuple[list[Tensor], list[list[Tensor]]]:
+    def source_pass(self, x: Tensor, networks: Networks | None = None) -> tuple[list[Tensor], list[list[Tensor]]]:
         """What an iteration needs of the sources: (S as `source_features`, what each term keeps); no gradient."""
         if not self.terms:
             return self.source_features(x, networks), []
@@ -181,7 +176,7 @@ class L2T(nn.Module):
             ]
         return [outputs[s].features[m] for s, m in self._used_sources], kept
 
-    def source_outputs(self, s: int, x: Tensor, networks: AnyNetworks | None = None) -> Outputs:
+    def source_outputs(self, s: int, x: Tensor, networks: Networks | None = None) -> Outputs:
         """Of source s; differentiable in x.
 
         On bfloat16 images the network is computed in bfloat16, its BatchNorms' statistics in float32.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.layers.autograd import cast
 from l2t_fast.kernels.layers.twins import Twins, half_parameters
-from l2t_fast.learner.backward_hooks import gated_backward_hooks
+from l2t_fast.learner.hooks import gated_backward_hooks
 from l2t_fast.learner.pairs import Shape
 from l2t_fast.learner.places import Places
 from l2t_fast.learner.taps import Tap, check_module, find_taps, logits_of

@@ -2,8 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from l2t_fast.errors import L2TError
-from l2t_fast.learner.generators import generators_kept
 from l2t_fast.learner.layout import FeatureMap, find_layout, parse_layer, pick
 from l2t_fast.learner.pairs import Shape
-from l2t_fast.learner.places import read_attributes, set_attributes
 from l2t_fast.learner.trail import AxisTrail
+from l2t_fast.learner.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -115,14 +113,14 @@ def find_taps(
     taps: list[Tap] = []
     features: list[Tensor] = []
     for layer in layers:
-        module_, call, feature = _feature(layer, watched[layer], modules, trial, role)
+        tapped, call, feature = _feature(layer, watched[layer], modules, trial, role)
         if output and feature is result:
             raise L2TError(f"layer '{layer}' is the output of the {role}, not a feature: tap an earlier layer.")
         same = next((taps[i].name for i, other in enumerate(features) if other is feature), None)
         if same is not None:
             raise L2TError(f"layers '{layer}' and '{same}' of the {role} are the same feature: give it once.")
         as_map = find_layout(feature, trial.trail, layer, role, layout.get(layer))
-        taps.append(Tap(layer, module_, call, role, as_map, feature.shape[1]))
+        taps.append(Tap(layer, tapped, call, role, as_map, feature.shape[1]))
         features.append(feature)
     trial.check_overwritten(taps, role, to_the_end=output)
     shapes = tuple(tap.map.shape for tap in taps)
@@ -283,22 +281,3 @@ class _Trial(TorchDispatchMode):
                     f"layer '{tap.name}' of the {role} is overwritten in place by '{name}': tap that one instead, or "
                     "build the network with inplace=False."
                 )
-
-
-@contextmanager
-def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts buffers, modes, Python attributes and the random generators back to where they were."""
-    attributes = read_attributes(module)
-    held = [(m._buffers, key, b, b.clone()) for m in module.modules() for key, b in m._buffers.items() if b is not None]
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        with generators_kept(device):
-            yield
-    finally:
-        set_attributes(attributes)
-        for m, training in modes:
-            m.training = training
-        with torch.no_grad():
-            for buffers, key, buffer, value in held:
-                buffers[key] = buffer
-                buffer.copy_(value)

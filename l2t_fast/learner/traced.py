@@ -20,8 +20,9 @@ from torchvision.models.feature_extraction import NodePathTracer, create_feature
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.layers.twins import replace_layers, running_buffers, without_statistics
 from l2t_fast.learner.generators import Generators, device_drew, host_drew, read_generators, seed_generators
+from l2t_fast.learner.hooks import hooks_of
 from l2t_fast.learner.network import Network, Outputs, Runs
-from l2t_fast.learner.taps import undisturbed
+from l2t_fast.learner.undisturbed import undisturbed
 
 _OUTPUT, _READ = "output", "read"
 _DRAWS = 3  # of parameters, images and generators that the proof compares
@@ -68,7 +69,7 @@ def trace(network: Network, example: Tensor) -> TracedNetwork:
         L2TError: torch.fx cannot trace it, or the graph computes something else.
     """
     module = network.module
-    if any(True for _ in _hooks(module)):
+    if any(True for _ in hooks_of(module)):
         raise _refused(network, "it has hooks, which a graph would lose")
     modes = {name: m.training for name, m in module.named_modules()}
     with undisturbed(module, example.device):  # a traced pass may leave symbols in attributes and buffers
@@ -95,14 +96,6 @@ def _refused(network: Network, why: str) -> L2TError:
 def _untraceable(network: Network, error: Exception) -> L2TError:
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return _refused(network, f"torch.fx cannot trace it ({line.rstrip('.')})")
-
-
-def _hooks(module: nn.Module) -> Iterator[Any]:
-    for m in module.modules():
-        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
-            yield from getattr(m, f"_{kind}_hooks").values()
-    for p in module.parameters():
-        yield from (p._backward_hooks or {}).values()
 
 
 class _ModuleTracer(NodePathTracer):  # type: ignore[misc]

@@ -190,9 +190,9 @@ def _rolled(call: _Call) -> Axes:
     if not call.given["dims"]:
         return ()
     for shift, dim in zip(call.given["shifts"], call.given["dims"], strict=True):
-        part, size = axes[dim][0], size_of(axes[dim])
-        whole = len(axes[dim]) == 1 and part.kind in ("H", "W")
-        axes[dim] = (replace(part, shift=(part.shift + shift) % size),) if whole else unknown(size)
+        factor, size = axes[dim][0], size_of(axes[dim])
+        whole = len(axes[dim]) == 1 and factor.kind in ("H", "W")
+        axes[dim] = (replace(factor, shift=(factor.shift + shift) % size),) if whole else unknown(size)
     return tuple(axes)
 
 

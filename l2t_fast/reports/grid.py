@@ -23,7 +23,11 @@ def to_markdown(grid: Grid) -> str:
         [f"**{plain(text)}**" if (i, j) in grid.bold else plain(text) for j, text in enumerate(line)]
         for i, line in enumerate(grid.lines)
     ]
-    header = [plain(text) for text in grid.header]
+    return markdown_table([plain(text) for text in grid.header], rule, lines)
+
+
+def markdown_table(header: Sequence[str], rule: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells that are Markdown already; `rule` says how each column is aligned ("---", "---:")."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
 
 

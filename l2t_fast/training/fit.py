@@ -17,6 +17,7 @@ from l2t_fast.data.splits import Data
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import load_checkpoint, save_checkpoint
+from l2t_fast.learner.undisturbed import modes_kept
 from l2t_fast.training.log import Log
 from l2t_fast.training.state import State, check_finite, checkpoint_content, restore
 from l2t_fast.training.watch import Watch
@@ -43,8 +44,8 @@ def fit(
     """Trains `engine`, whose learner's target is `network`, and returns accuracies on the test set.
 
     Goes on from folder/last.pt where there is one, bit by bit as if it had never stopped (on CUDA as far as cuDNN's
-    kernels give the same bits again). Writes metrics.jsonl (a
-    line an iteration, a line an epoch), last.pt after each epoch and when stopped, best.pt when validation improves.
+    kernels give the same bits again). Writes metrics.jsonl (a line an iteration, a line an epoch), last.pt after each
+    epoch and when stopped, best.pt when validation improves.
 
     Raises:
         Interrupted: `watch.stop_asked()`; all is saved.
@@ -104,17 +105,14 @@ def evaluate(network: nn.Module, images: ImageSet, stop_asked: Callable[[], bool
     Raises:
         Interrupted: `stop_asked()` said so.
     """
-    was_training = network.training
-    network.eval()
     device = next(network.parameters()).device
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    try:
+    with modes_kept(network):
+        network.eval()
         for x, y in images.eval_batches(_EVAL_BATCH):
             correct += (network(x).argmax(1) == y).sum()
             if stop_asked():
                 raise Interrupted
-    finally:
-        network.train(was_training)
     return correct.item() / len(images)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from l2t_fast.engine.engine import Engine
-from l2t_fast.engine.random import random_states, set_random_states
 from l2t_fast.errors import L2TError
 from l2t_fast.files import load_checkpoint
+from l2t_fast.learner.generators import read_torch, set_torch
 from l2t_fast.training.log import what_is_kept
 
 
@@ -26,7 +26,7 @@ class State:
 
 def checkpoint_content(engine: Engine, state: State) -> dict[str, Any]:
     """All that a training needs to go on, bit by bit."""
-    return {"engine": engine.state_dict(), "random": random_states(_device(engine)), "state": vars(state)}
+    return {"engine": engine.state_dict(), "random": read_torch(_device(engine)), "state": vars(state)}
 
 
 def check_finite(engine: Engine, state: State, last: Path) -> None:
@@ -52,7 +52,7 @@ def restore(path: Path, engine: Engine) -> State:
     content = load_checkpoint(path)
     try:
         engine.load_state_dict(content["engine"])
-        set_random_states(content["random"], _device(engine))
+        set_torch(content["random"], _device(engine))
         return State(**content["state"])
     except L2TError as error:
         raise L2TError(f"checkpoint {path}: {error}") from error

@@ -128,7 +128,7 @@ def write_photographs(root: Path, name: str) -> dict[str, list[str]]:
 PHOTOGRAPHS = {"cub200": 200, "mit67": 67, "stanford40": 40, "stanford-dogs": 120}
 
 
-def prepare(root: Path, parts: dict[str, list[str]], images: Path, remove: bool) -> None:
+def sort_by_part(root: Path, parts: dict[str, list[str]], images: Path, remove: bool) -> None:
     """What the authors' scripts do: copies to train/CLASS and test/CLASS."""
     for part, files in parts.items():
         for file in files:

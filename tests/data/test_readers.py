@@ -27,8 +27,8 @@ from tests.data.samples import (
     SHARED,
     fingerprints,
     normalised,
-    prepare,
     rng,
+    sort_by_part,
     write_cifar,
     write_photographs,
     write_tinyimagenet,
@@ -189,7 +189,7 @@ def test_tinyimagenet_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_photographs(name: str, num_classes: int, tmp_path: Path) -> None:
     parts = write_photographs(tmp_path, name)
     folder = {"cub200": "images", "stanford40": "JPEGImages"}.get(name, "Images")
-    prepare(tmp_path / "prepared", parts, tmp_path / folder, remove=False)
+    sort_by_part(tmp_path / "prepared", parts, tmp_path / folder, remove=False)
     data = load_data(DataConfig(dataset=name, data_root=tmp_path, val_fraction=0, workers=0), seed=0)
     assert (data.num_classes, data.image_shape) == (num_classes, (3, 224, 224))
     for part, found in (("train", data.train), ("test", data.test)):

@@ -18,8 +18,8 @@ from tests.data.samples import (
     SHARED,
     fingerprints,
     normalised,
-    prepare,
     save_split,
+    sort_by_part,
     write_cifar,
     write_photographs,
 )
@@ -61,7 +61,7 @@ def test_split_files_fit_both_layouts(name: str, tmp_path: Path) -> None:
         root.mkdir(parents=True)
         parts = write_photographs(root, name)
     folder = {"cub200": "images"}.get(name, "Images")
-    prepare(prepared, parts, prepared / folder, remove=True)
+    sort_by_part(prepared, parts, prepared / folder, remove=True)
     every = range(PHOTOGRAPHS[name])
     indices = ([2 * c for c in every], [2 * c + 1 for c in every][::-1], [5, 3])
     split = save_split(tmp_path / name, *((list(every), part) for part in indices))
@@ -117,7 +117,7 @@ def test_authors_splits(
         return TensorSet(labels=index % num_classes, augment=True, images=pixels, flip=False)
 
     train, test = map(numbered, totals)
-    monkeypatch.setattr("l2t_fast.data.splits._whole_sets", lambda *_: (train, test, num_classes))
+    monkeypatch.setattr("l2t_fast.data.splits.whole_sets", lambda *_: (train, test, num_classes))
     data = load_data(DataConfig(split=str(SHARED / "official/split" / name)), seed=0)
     parts = (data.train, data.val, data.test)
     assert data.num_classes == num_classes

@@ -16,7 +16,7 @@ from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import METHODS
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
-from tests.methods.test_methods import learner as of_method
+from tests.methods.shared import learner as of_method
 from tests.shared import batch, engine, error, everything, learner, load_as
 
 DEVICE = "cuda"
@@ -42,23 +42,23 @@ def made(dtype: torch.dtype = torch.float32, dropout: nn.Module | None = None, *
 @pytest.fixture(scope="module")
 def warm() -> dict[str, Any]:
     """A state past the meta-gradient's early chaos (CONTRIBUTING.md)."""
-    of = made(mode="eager", meta_lr=1e-2)
+    subject = made(mode="eager", meta_lr=1e-2)
     for i in range(24):
-        of.step(*images(i % 8))
-    return copy.deepcopy(of.state_dict())
+        subject.step(*images(i % 8))
+    return copy.deepcopy(subject.state_dict())
 
 
-def warmed(state: dict[str, Any], of: Engine) -> Engine:
+def warmed(state: dict[str, Any], subject: Engine) -> Engine:
     """Captured, where it captures, and then in that state."""
-    dtype = next(iter(of.state_dict()["theta"].values())).dtype
+    dtype = next(iter(subject.state_dict()["theta"].values())).dtype
     for i in range(WARM_UP + 2):
-        of.step(*images(i, dtype=dtype))
-    adam = copy.deepcopy(of.state_dict()["adam"])
-    load_as(of, {**state, "adam": adam})
-    for moments in of.trained.adam.state.values():  # type: ignore[union-attr]
+        subject.step(*images(i, dtype=dtype))
+    adam = copy.deepcopy(subject.state_dict()["adam"])
+    load_as(subject, {**state, "adam": adam})
+    for moments in subject.trained.adam.state.values():  # type: ignore[union-attr]
         for tensor in moments.values():
             tensor.zero_()
-    return of
+    return subject
 
 
 @pytest.mark.parametrize("memory", ["save", "recompute"])
@@ -103,19 +103,19 @@ def test_two_engines_do_not_disturb_each_other(warm: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_never_waits_and_is_one_launch(mode: Any) -> None:
-    of = made(mode=mode)
+    subject = made(mode=mode)
     x, y = images(0)
     hosts = [tensor.cpu().pin_memory() for tensor in (x, y)]
     for _ in range(WARM_UP + 2):
-        of.step(*hosts)
+        subject.step(*hosts)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
             for _ in range(5):
-                of.lr = 0.01
-                of.step(x, y)
-                of.step(*hosts)
+                subject.lr = 0.01
+                subject.step(x, y)
+                subject.step(*hosts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     names = [event.name for event in profiled.events()]
@@ -127,27 +127,27 @@ def test_a_step_never_waits_and_is_one_launch(mode: Any) -> None:
 
 
 def test_learning_rates_change_under_a_graph() -> None:
-    of = made(mode="graph")
+    subject = made(mode="graph")
     for i in range(WARM_UP + 2):
-        of.step(*images(i))
-    of.lr = of.meta_lr = 0.0
-    before = everything(of)
-    of.step(*images(0))
-    after = everything(of)
+        subject.step(*images(i))
+    subject.lr = subject.meta_lr = 0.0
+    before = everything(subject)
+    subject.step(*images(0))
+    after = everything(subject)
     for name in before:
         if name.startswith(("theta", "phi")):
             assert torch.equal(after[name], before[name]), name
-    of.lr, of.meta_lr = 0.02, 1e-3
-    of.step(*images(0))
-    assert error(everything(of), after) > 1e-4
+    subject.lr, subject.meta_lr = 0.02, 1e-3
+    subject.step(*images(0))
+    assert error(everything(subject), after) > 1e-4
 
 
 def test_a_loaded_learning_rate_reaches_the_graph(warm: dict[str, Any]) -> None:
     graph, eager = (warmed(warm, made(mode=m)) for m in ("graph", "eager"))
-    for of in (graph, eager):
-        of.load_state_dict(copy.deepcopy(of.state_dict()))
-        of.meta_lr = 0.1
-        of.step(*images(0))
+    for subject in (graph, eager):
+        subject.load_state_dict(copy.deepcopy(subject.state_dict()))
+        subject.meta_lr = 0.1
+        subject.step(*images(0))
     assert error(everything(graph), everything(eager)) < 5e-6
 
 
@@ -181,9 +181,9 @@ def test_a_target_that_waits_is_not_captured_and_goes_on() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_dropout_draws_anew_in_each_replay(mode: Any) -> None:
-    of = made(mode=mode, dropout=nn.Dropout(0.5), lr=0.0, meta_lr=0.0)
+    subject = made(mode=mode, dropout=nn.Dropout(0.5), lr=0.0, meta_lr=0.0)
     x, y = images(0)
-    losses = [of.step(x, y)["loss"].item() for _ in range(WARM_UP + 20)][WARM_UP:]
+    losses = [subject.step(x, y)["loss"].item() for _ in range(WARM_UP + 20)][WARM_UP:]
     assert len(set(losses)) == len(losses)
     eager = made(mode="eager", dropout=nn.Dropout(0.5), lr=0.0, meta_lr=0.0)
     theirs = [eager.step(x, y)["loss"].item() for _ in range(20)]
@@ -242,7 +242,7 @@ def test_recompute_holds_one_step_whatever_the_number_of_steps(mode: Any) -> Non
         torch.manual_seed(0)
         source, target = build_model("resnet32", 200).to(DEVICE), build_model("vgg9_bn", 10).to(DEVICE)
         x, y = torch.randn(128, 3, 32, 32, device=DEVICE), torch.randint(10, (128,), device=DEVICE)
-        of = engine(
+        subject = engine(
             L2T(
                 source,
                 target,
@@ -255,10 +255,10 @@ def test_recompute_holds_one_step_whatever_the_number_of_steps(mode: Any) -> Non
             inner_steps=inner_steps,
         )
         for _ in range(WARM_UP + 2):
-            of.step(x, y)
-        parameters = sum(p.numel() * p.element_size() for p in of.trained.theta.values())
+            subject.step(x, y)
+        parameters = sum(p.numel() * p.element_size() for p in subject.trained.theta.values())
         held = torch.cuda.memory_reserved() - before - inner_steps * parameters  # θ where each step starts
-        del of, source, target
+        del subject, source, target
         gc.collect()  # an engine and its graphs refer to each other
         torch.cuda.empty_cache()
         return held

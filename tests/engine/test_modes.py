@@ -19,8 +19,7 @@ from l2t_fast.kernels.matching import aten, ops
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.reference import Reference
-from tests.engine.test_engine import batch as small_batch
-from tests.engine.test_engine import small_learner, take_state
+from tests.engine.shared import small_batch, small_learner, take_state
 from tests.shared import batch, engine, error, everything, flat, learner, load_as
 
 pytestmark = pytest.mark.core

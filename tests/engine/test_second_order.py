@@ -166,16 +166,16 @@ SEQUENCES: dict[str, Function] = {
     "LSTM bidirectional": recurrent("LSTM", bidirectional=True, proj_size=2),
     "RNN relu": recurrent("RNN", nonlinearity="relu"),
 }
-CASES = {
+OPERATIONS = {
     **{name: (function, MAPS[2]) for name, function in {**ACTIVATIONS, **INPLACE, **OTHERS_2D}.items()},
     **{name: (function, MAPS[d]) for d in MAPS for name, function in of_dimension(d).items()},
     **{name: (function, (3, 2, 4)) for name, function in SEQUENCES.items()},
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_has_a_second_derivative(name: str) -> None:
-    function, shape = CASES[name]
+    function, shape = OPERATIONS[name]
     if isinstance(function, nn.Module):
         function.double()
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from torch import Tensor
 Shape = tuple[int, int, int]
 
 # (source shapes [C, h, w], target shapes [C, H, W], pairs (m, n))
-CASES: dict[str, tuple[list[Shape], list[Shape], list[tuple[int, int]]]] = {
+SMALL_SHAPES: dict[str, tuple[list[Shape], list[Shape], list[tuple[int, int]]]] = {
     "one pair": ([(3, 4, 4)], [(2, 4, 4)], [(0, 0)]),
     "up and down": ([(3, 2, 2), (5, 8, 8)], [(4, 4, 4), (2, 1, 1)], [(0, 0), (0, 1), (1, 0), (1, 1)]),
     "ragged 7/3, not square": ([(3, 3, 2), (1, 7, 5)], [(2, 7, 5), (3, 3, 2)], [(1, 1), (0, 0)]),
@@ -22,7 +22,7 @@ MANY = (
     [(1, 2), (0, 3), (2, 0), (1, 0), (2, 2), (0, 0), (1, 0), (2, 3)],
 )
 SHAPES = {
-    **CASES,
+    **SMALL_SHAPES,
     "many pairs": MANY,
     "two source networks": ([(3, 4, 4), (5, 2, 2)] * 2, [(4, 4, 4), (6, 2, 2)], [(0, 0), (1, 1), (2, 0), (3, 1)]),
     "3 channels, up by 2": ([(17, 7, 7)], [(3, 14, 14)], [(0, 0)]),

@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2t_fast.kernels.matching import ops
-from tests.kernels.shared import CASES, flat, random_inputs
+from tests.kernels.shared import SMALL_SHAPES, flat, random_inputs
 
 pytestmark = pytest.mark.core
 
 
-@pytest.fixture(params=CASES, ids=str)
+@pytest.fixture(params=SMALL_SHAPES, ids=str)
 def case(request: pytest.FixtureRequest) -> tuple:
     """(targets, sources, projections, biases, a, source_of, target_of), float64, random."""
     torch.manual_seed(0)
-    targets, sources, *rest = random_inputs(*CASES[request.param])
+    targets, sources, *rest = random_inputs(*SMALL_SHAPES[request.param])
     for x in flat((targets, *rest[:3])):
         x.requires_grad_()
     return (targets, sources, *rest)

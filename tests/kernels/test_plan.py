@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.suites import aot
+from benchmarks.shapes import MATCHING_SHAPES
 from l2t_fast.kernels.matching import plan
 
 pytestmark = pytest.mark.core
@@ -26,7 +26,7 @@ ARITHMETIC = pytest.mark.parametrize(
     ("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
 )
 PLANS = {
-    **{name: (*shapes, None) for name, shapes in aot.CASES.items()},
+    **{name: (*MATCHING_SHAPES[name], None) for name in ("quick", "cifar", "imagenet")},
     "ragged": (
         5,
         [(17, 7, 5), (40, 3, 3)],
@@ -43,8 +43,8 @@ PLANS = {
 @pytest.mark.parametrize("case", ["cifar", "imagenet"])
 def test_memory(case: str, dtype: torch.dtype, precision: str) -> None:
     """Workspace and tables of an operator: at most a tenth of the target features."""
-    shapes = signature(*aot.CASES[case], dtype, precision)
-    batch, _, targets = aot.CASES[case]
+    shapes = signature(*MATCHING_SHAPES[case], dtype, precision)
+    batch, _, targets = MATCHING_SHAPES[case]
     features = dtype.itemsize * batch * sum(C * H * W for C, H, W in targets)
     for adjoint in (False, True):
         position, channel = plan.position_launch(shapes, adjoint), plan.channel_launch(shapes, adjoint, True)

@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from l2t_fast.kernels import launch
 from l2t_fast.kernels.matching import aten, ops, plan, triton_launch
 from l2t_fast.kernels.matching.blocks import CONFIGS
-from tests.kernels.shared import CASES, MANY, SHAPES, flat, random_inputs
+from tests.kernels.shared import MANY, SHAPES, SMALL_SHAPES, flat, random_inputs
 
 pytestmark = pytest.mark.core
 
@@ -365,7 +365,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_opcheck(registered: None) -> None:
     """Schema, fake kernel, autograd registration and AOT dispatch."""
-    inputs, u = problem(CASES["an unpaired layer"], batch=2)
+    inputs, u = problem(SMALL_SHAPES["an unpaired layer"], batch=2)
     inputs = laid_out(inputs, ["channels last"], ["sliced"])
     constants = tree_map_only(Tensor, Tensor.clone, inputs)
     for x in flat((inputs[0], *inputs[2:5])):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from l2t_fast.learner.axes import Axes, Axis, Part, agreed, every, unknown, viewed
+from l2t_fast.learner.axes import Axes, Axis, Factor, agreed, every, unknown, viewed
 
 B, H, W, C = every("B", 2), every("H", 8), every("W", 6), unknown(5)
 
@@ -19,13 +19,13 @@ def test_operands_complete_each_other() -> None:
         (H, every("W", 8)),
         ((*unknown(3), *H), (*H, *unknown(3))),
         ((*H, *W), (*W, *H)),
-        (H, (Part("H", 8, step=1, whole=16),)),
+        (H, (Factor("H", 8, step=1, whole=16),)),
     ],
 )
 def test_operands_that_differ_tell_nothing(a: Axis, b: Axis) -> None:
     size = 1
-    for part in a:
-        size *= part.size
+    for factor in a:
+        size *= factor.size
     assert agreed(a, b) == agreed(b, a) == unknown(size)
 
 
@@ -34,9 +34,13 @@ def test_operands_that_differ_tell_nothing(a: Axis, b: Axis) -> None:
     [
         ((B, C, H, W), (2, 5, 48), (B, C, (*H, *W))),
         ((B, C, (*H, *W)), (2, 5, 8, 6), (B, C, H, W)),
-        ((B, H, C), (2, 2, 4, 5), (B, (Part("H", 2, 4, 8),), (Part("H", 4, 1, 8),), C)),
-        ((B, (Part("H", 2, 4, 8),), (Part("H", 4, 1, 8),), C), (2, 8, 5), (B, H, C)),
-        ((B, (Part("H", 4, 1, 8),), (Part("H", 2, 4, 8),)), (2, 8), (B, (Part("H", 4, 1, 8), Part("H", 2, 4, 8)))),
+        ((B, H, C), (2, 2, 4, 5), (B, (Factor("H", 2, 4, 8),), (Factor("H", 4, 1, 8),), C)),
+        ((B, (Factor("H", 2, 4, 8),), (Factor("H", 4, 1, 8),), C), (2, 8, 5), (B, H, C)),
+        (
+            (B, (Factor("H", 4, 1, 8),), (Factor("H", 2, 4, 8),)),
+            (2, 8),
+            (B, (Factor("H", 4, 1, 8), Factor("H", 2, 4, 8))),
+        ),
         ((B, C, every("H", 1), W), (2, 5, 6), (B, C, (*every("H", 1), *W))),
         ((B, C, H, every("W", 1)), (2, 5, 8), (B, C, (*H, *every("W", 1)))),
         ((B, C, every("H", 1), every("W", 1)), (2, 5, 1), (B, C, (*every("H", 1), *every("W", 1)))),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.layout import FeatureMap, find_layout
-from tests.learner.test_layout import features_of, images
+from tests.learner.shared import features_of, images
 
 # Builder, size of the images, and what layers give: name, layout, C, H, W.
 TORCHVISION: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], str]] = {

@@ -16,56 +16,26 @@ from l2t_fast.networks.architectures import build_model
 from l2t_fast.reference import forward_with_features
 from tests.engine.test_capture import WARM_UP, fused, taped  # noqa: F401
 from tests.engine.test_modes import aot_eager  # noqa: F401
-from tests.shared import CLASSES, batch, engine, error, everything, same
+from tests.methods.shared import LAYERS, ONE_TO_ONE, SOURCES, TARGET_LAYERS, learner, networks
+from tests.shared import batch, engine, error, everything, same
 
 pytestmark = pytest.mark.core
-
-SOURCES = {"resnet8": 5, "resnet14": 7}  # classes of each
-LAYERS = {name: ["layer1", "layer2", "layer3"] for name in SOURCES}
-TARGET_LAYERS = [f"features.{i}" for i in (2, 6, 13, 20, 27)]
-ONE_TO_ONE = [(0, 0), (1, 1), (2, 2)]  # 32, 16 and 8 pixels
-
-
-def networks(
-    sources: Sequence[str] = ("resnet8",), dtype: torch.dtype = torch.float64, device: str = "cpu"
-) -> tuple[Any, nn.Module]:
-    torch.manual_seed(0)
-    teachers = [build_model(name, SOURCES[name], 0.25).to(dtype).eval() for name in sources]
-    for teacher in teachers:
-        for norm in (m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.running_mean.uniform_(-0.5, 0.5)
-            norm.running_var.uniform_(0.5, 2)
-    target = build_model("vgg9_bn", CLASSES, 0.06).to(device, dtype)
-    return [teacher.to(device) for teacher in teachers], target
-
-
-def learner(name: str, sources: Sequence[str] = ("resnet8",), settings: Sequence[str] = (), **options: Any) -> L2T:
-    method, (teachers, target) = find_method(name, settings), networks(sources, **options)
-    if not method.uses_sources:
-        teachers = []
-    return method.learner(
-        teachers,
-        target,
-        source_layers=[LAYERS[s] for s in sources] if teachers else [],
-        target_layers=TARGET_LAYERS,
-        example=torch.zeros(2, 3, 32, 32).to(next(target.parameters())),
-    )
 
 
 # The few-line versions: teachers, target, what the learner drew at random, x -> what is added to the cross entropy.
 
 
-def plain_lwf(teachers: Any, target: nn.Module, of: L2T, x: Tensor, weight: float = 1, tau: float = 2) -> Tensor:
+def plain_lwf(teachers: Any, target: nn.Module, subject: L2T, x: Tensor, weight: float = 1, tau: float = 2) -> Tensor:
     hidden = target.avgpool(target.features(x)).flatten(1)
     total = x.new_zeros(())
-    for teacher, head in zip(teachers, of.terms[0].heads, strict=True):
+    for teacher, head in zip(teachers, subject.terms[0].heads, strict=True):
         p = (teacher(x) / tau).exp() / (teacher(x) / tau).exp().sum(1, keepdim=True)
         q = hidden @ head.weight.T + head.bias
         total = total - weight * (p * F.log_softmax(q / tau, 1)).sum() / len(x)
     return total
 
 
-def plain_at(teachers: Any, target: nn.Module, of: L2T, x: Tensor, weight: float = 1000) -> Tensor:
+def plain_at(teachers: Any, target: nn.Module, subject: L2T, x: Tensor, weight: float = 1000) -> Tensor:
     features = forward_with_features(target, TARGET_LAYERS, x)[1]
     total = x.new_zeros(())
     for teacher in teachers:
@@ -77,7 +47,7 @@ def plain_at(teachers: Any, target: nn.Module, of: L2T, x: Tensor, weight: float
     return total
 
 
-def plain_jacobian(teachers: Any, target: nn.Module, of: L2T, x: Tensor, weight: float = 1) -> Tensor:
+def plain_jacobian(teachers: Any, target: nn.Module, subject: L2T, x: Tensor, weight: float = 1) -> Tensor:
     total = x.new_zeros(())
     for teacher in teachers:
         both, places = [], None
@@ -93,9 +63,9 @@ def plain_jacobian(teachers: Any, target: nn.Module, of: L2T, x: Tensor, weight:
 
 
 def plain_matching(pairs: Sequence[tuple[int, int]], beta: float = 0.5) -> Callable[..., Tensor]:
-    def loss(teachers: Any, target: nn.Module, of: L2T, x: Tensor) -> Tensor:
+    def loss(teachers: Any, target: nn.Module, subject: L2T, x: Tensor) -> Tensor:
         features = forward_with_features(target, TARGET_LAYERS, x)[1]
-        total, projections = x.new_zeros(()), iter(of.projections)
+        total, projections = x.new_zeros(()), iter(subject.projections)
         for teacher in teachers:
             theirs = forward_with_features(teacher, LAYERS["resnet8"], x)[1]
             for m, n in pairs:
@@ -107,10 +77,10 @@ def plain_matching(pairs: Sequence[tuple[int, int]], beta: float = 0.5) -> Calla
 
 
 # Before φ has learned anything w is uniform, so that the learned methods start as feature matching; λ of l2t-ww is in
-# tests/test_reference.py and tests/test_engine.py.
+# tests/reference and tests/engine/test_engine.py.
 PLAIN: dict[str, Callable[..., Tensor]] = {
-    "scratch": lambda teachers, target, of, x: x.new_zeros(()),
-    "finetune": lambda teachers, target, of, x: x.new_zeros(()),
+    "scratch": lambda teachers, target, subject, x: x.new_zeros(()),
+    "finetune": lambda teachers, target, subject, x: x.new_zeros(()),
     "lwf": plain_lwf,
     "at": plain_at,
     "lwf+at": lambda *arguments: plain_lwf(*arguments) + plain_at(*arguments),
@@ -123,17 +93,17 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
 
 
 @torch.no_grad()
-def copied(of: L2T) -> L2T:
+def copied(subject: L2T) -> L2T:
     """What the learner drew at random, as it is before a step."""
-    return copy.deepcopy(of)
+    return copy.deepcopy(subject)
 
 
 @pytest.mark.parametrize("sources", [("resnet8",), ("resnet8", "resnet14")], ids=["one source", "two"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_step_descends_on_the_loss_of_the_paper(name: str, sources: tuple[str, ...]) -> None:
     """θ after one step of SGD, against plain autograd of a few-line version."""
-    of, (teachers, target) = learner(name, sources), networks(sources)
-    parts = copied(of).requires_grad_()
+    subject, (teachers, target) = learner(name, sources), networks(sources)
+    parts = copied(subject).requires_grad_()
     x, y = batch(0)
     target.train()
     loss = F.cross_entropy(target(x), y) + PLAIN[name](teachers, target, parts, x)
@@ -142,7 +112,7 @@ def test_a_step_descends_on_the_loss_of_the_paper(name: str, sources: tuple[str,
     grads |= {f"projections.{n}": p.grad for n, p in parts.projections.named_parameters()}
     grads |= {f"terms.{n}": p.grad for n, p in parts.terms.named_parameters()}
 
-    e = engine(of, lr=0.5, momentum=0, weight_decay=0)
+    e = engine(subject, lr=0.5, momentum=0, weight_decay=0)
     before = {n: p.clone() for n, p in e.state_dict()["theta"].items()}
     metrics = e.step(x, y)
     after = e.state_dict()["theta"]
@@ -187,10 +157,10 @@ def test_terms_in_bfloat16(name: str) -> None:
 
     ours, autocast = [], []
     for seed in range(5):
-        of, (teachers, target) = learner(name, dtype=torch.float32), networks(dtype=torch.float32)
+        subject, (teachers, target) = learner(name, dtype=torch.float32), networks(dtype=torch.float32)
         x, y = batch(seed, 8, torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            plain = PLAIN[name](teachers, target.train(), of, x)
+            plain = PLAIN[name](teachers, target.train(), subject, x)
         wanted, rough = terms(torch.float64, "fp32", x, y), terms(torch.float32, "bf16", x, y)
         ours.append(abs(rough - wanted).item())
         autocast.append(abs(plain - wanted).item())
@@ -205,7 +175,7 @@ def test_terms_enter_the_total_loss_of_a_simulation() -> None:
         for weight in (0.0, 50.0):
             teachers, target = networks()
             terms = find_method("at", [f"at.weight={weight}"]).make_terms()
-            of = L2T(
+            subject = L2T(
                 teachers,
                 target,
                 source_layers=LAYERS["resnet8"],
@@ -213,16 +183,16 @@ def test_terms_enter_the_total_loss_of_a_simulation() -> None:
                 terms=terms,
                 example=batch(0)[0],
             )
-            grads.append(engine(of, scheme=scheme).meta_gradient(*batch(0), val=batch(1)))
+            grads.append(engine(subject, scheme=scheme).meta_gradient(*batch(0), val=batch(1)))
         assert (error(*grads) > 1e-3) == depends
     assert method.terms[0].name == "at"
 
 
 def test_settings_change_what_is_published() -> None:
     settings = ["lwf.temperature=4", "at.weight=10", "lwf.weight=0.5"]
-    of, (teachers, target) = learner("lwf+at", settings=settings), networks()
+    subject, (teachers, target) = learner("lwf+at", settings=settings), networks()
     x, y = batch(0)
-    metrics = engine(of).step(x, y)
+    metrics = engine(subject).step(x, y)
     parts = learner("lwf+at")
     assert abs(metrics["lwf_loss"] - plain_lwf(teachers, target, parts, x, 0.5, 4)) < 1e-9
     assert abs(metrics["at_loss"] - plain_at(teachers, target, parts, x, 10)) < 1e-9

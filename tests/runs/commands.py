@@ -27,7 +27,7 @@ def rows(folder: Path, name: str = "table.csv") -> list[dict[str, str]]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *given: str, command: str = "table") -> str:
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as stopped:
         main([command, *given])
-    assert exit_.value.code == 2
+    assert stopped.value.code == 2
     return " ".join(capsys.readouterr().err.split()).removeprefix("l2t-fast: ")

@@ -14,7 +14,7 @@ from l2t_fast.data.images import TensorSet
 from l2t_fast.data.splits import Data
 from l2t_fast.errors import Interrupted
 from l2t_fast.files import load_checkpoint, save_checkpoint
-from l2t_fast.training import fit as trainer_module
+from l2t_fast.training import fit as fit_module
 from l2t_fast.training.fit import Schedule, evaluate, fit
 from l2t_fast.training.log import read_metrics
 
@@ -127,6 +127,13 @@ def test_resume_after_a_kill(tmp_path: Path) -> None:
     assert read_metrics(metrics) == read_metrics(tmp_path / "whole/metrics.jsonl")
 
 
+def test_evaluation_leaves_each_module_in_its_own_mode() -> None:
+    frozen = network(3)
+    frozen[1].eval()
+    evaluate(frozen, DATA.val)
+    assert [module for module in frozen.modules() if not module.training] == [frozen[1]]
+
+
 def test_result_and_best_weights(tmp_path: Path) -> None:
     engine, target = training()
     result = fit(tmp_path, engine, target, DATA, SCHEDULE, Stop())
@@ -201,7 +208,7 @@ def test_a_kill_between_metrics_and_checkpoint(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         save_checkpoint(path, content)
 
-    monkeypatch.setattr(trainer_module, "save_checkpoint", die)
+    monkeypatch.setattr(fit_module, "save_checkpoint", die)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "killed", killed, its_target, DATA, SCHEDULE, Stop())
     monkeypatch.undo()

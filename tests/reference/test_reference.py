@@ -2,11 +2,8 @@
 
 import copy
 import itertools
-import random
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,65 +12,20 @@ from torch.func import functional_call
 
 from l2t_fast.errors import L2TError
 from l2t_fast.reference import Reference
-from l2t_fast.reference_networks import twice_differentiable
+from tests.reference.shared import (
+    BATCH,
+    Batch,
+    Params,
+    assert_close,
+    assert_equal_state,
+    batch,
+    build,
+    flat,
+    source_net,
+    target_net,
+)
 
 pytestmark = pytest.mark.core
-
-CLASSES, SIZE, BATCH = 3, 8, 5
-Params = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor]
-# The target's features are of 4² and 2², those of the first source of 8² and 4²: resized down, or equal.
-PAIRS = [(0, 0, 0), (0, 1, 0), (0, 1, 1)]
-SECOND = [(1, 0, 0), (1, 0, 1)]  # the second source has one feature of 2²: resized up, or equal
-
-
-def block(c_in: int, c_out: int, smooth: bool, stride: int = 1) -> nn.Sequential:
-    act = nn.Softplus() if smooth else nn.ReLU(inplace=True)
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), act)
-
-
-def source_net(strides: tuple[int, ...], smooth: bool = False) -> nn.Sequential:
-    widths = [3, 4, 5]
-    return nn.Sequential(*(block(widths[i], widths[i + 1], smooth, s) for i, s in enumerate(strides)))
-
-
-def target_net(smooth: bool = False, dropout: bool = False) -> nn.Sequential:
-    pool = nn.AvgPool2d if smooth else nn.MaxPool2d
-    middle = nn.Dropout(0.3) if dropout else nn.Tanh() if smooth else nn.Identity()
-    first, second = block(3, 6, smooth), block(6, 4, smooth)
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
-    return nn.Sequential(pool(2), first, middle, pool(2), second, head)
-
-
-def batch(seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
-    return x, torch.randint(CLASSES, (BATCH,), generator=generator)
-
-
-def build(*, two_sources: bool = False, smooth: bool = False, dropout: bool = False, **options: Any) -> Reference:
-    """A reference in float64 with random what and where networks, two iterations after initialisation."""
-    torch.manual_seed(0)
-    sources = [source_net((1, 2), smooth)] + [source_net((4,), smooth)] * two_sources
-    options.setdefault("pairs", PAIRS + SECOND * two_sources)
-    reference = Reference(
-        [s.double() for s in sources],
-        target_net(smooth, dropout).double(),
-        source_layers=[["0", "1"], ["0"]][: len(sources)],
-        target_layers=["1", "4"],
-        example=batch(0)[0],
-        weight_decay=1e-2,
-        **options,
-    )
-    with torch.no_grad():
-        for p in reference.phi.values():
-            p.add_(0.3 * torch.randn_like(p))
-        for head, level in zip(reference.where, (6.0, 0.0), strict=False):
-            if isinstance(head, nn.Linear):
-                head.bias.fill_(level)  # relu6 clips some images of the first two pairs above, or below
-    for seed in (10, 11):
-        reference.step(*batch(seed), val=batch(20))
-    return reference
 
 
 class Unrolled:
@@ -160,29 +112,12 @@ class Unrolled:
         return dict(zip(self.phi, gradient, strict=True))
 
 
-def flat(tensors: Params) -> Tensor:
-    return torch.cat([t.flatten() for t in tensors.values()])
-
-
-def assert_close(a: Params, b: Params, relative: float) -> None:
-    """Every tensor within `relative` of the other in norm, measured by its own norm."""
-    assert a.keys() == b.keys()
-    for k in a:
-        assert (a[k] - b[k]).norm() <= relative * b[k].norm(), k
-
-
-def assert_equal_state(a: dict[str, Params], b: dict[str, Params]) -> None:
-    for part in a:
-        for name in a[part]:
-            assert torch.equal(a[part][name], b[part][name]), f"{part}.{name}"
-
-
 SGD = [
     {"momentum": 0.9},
     {"momentum": 0.8, "nesterov": True},
     {"momentum": 0.0},
 ]
-CASES = [
+SETTINGS = [
     *(
         {"scheme": scheme, "inner_steps": t, **sgd}
         for scheme, t, sgd in itertools.product(("transfer", "simulation"), (0, 1, 2, 3), SGD)
@@ -195,7 +130,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize("case", SETTINGS, ids=lambda case: "-".join(map(str, case.values())))
 def test_meta_gradient_equals_the_unrolled_computation(case: dict[str, Any]) -> None:
     reference = build(**case)
     simulation, steps = reference.scheme == "simulation", reference.inner_steps
@@ -371,174 +306,3 @@ def test_simulation_needs_its_batches() -> None:
         reference.step(x, y)
     with pytest.raises(L2TError, match=r"needs 2 batch"):
         reference.step([x] * 3, [y] * 3, val=(x, y))
-
-
-def seed_all() -> None:
-    torch.manual_seed(1)
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
-
-
-def states() -> list[Any]:
-    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
-
-
-def check_by_differences(reference: Reference) -> None:
-    """The replayed meta-gradient against differences of L_meta, for which only first derivatives are taken."""
-    seed_all()
-    before, states_before = reference.state_dict(), states()
-    train, val = batch(30), batch(40)
-    gradient = flat(reference.meta_gradient(*train, val=val))
-    assert_equal_state(reference.state_dict(), before)
-    assert states() == states_before
-    phi = {name: p.detach().clone() for name, p in reference.phi.items()}
-
-    def meta_loss(offset: Tensor) -> Tensor:
-        parts = offset.split([p.numel() for p in phi.values()])
-        with torch.no_grad():
-            for (name, p), part in zip(reference.phi.items(), parts, strict=True):
-                p.copy_(phi[name] + part.view_as(p))
-        seed_all()
-        with twice_differentiable(replaced=True):
-            return reference._simulate([train] * 2, val)[0]
-
-    direction = F.normalize(gradient, dim=0)
-    h = 1e-3
-    near, far = (meta_loss(k * h * direction) - meta_loss(-k * h * direction) for k in (1, 2))
-    torch.testing.assert_close(gradient @ direction, (8 * near - far) / (12 * h), rtol=1e-6, atol=0)
-
-
-def curved(g: Tensor) -> Tensor:
-    return 0.5 * g + 3 * g**2
-
-
-HOOKS: dict[str, Callable[[nn.Module], object]] = {
-    "parameter": lambda target: target[1][0].weight.register_hook(curved),
-    "zero": lambda target: target[1][0].weight.register_hook(torch.zeros_like),
-    "full backward": lambda target: target[4].register_full_backward_hook(lambda m, g, _: (curved(g[0]),)),
-    "full backward pre": lambda target: target[4].register_full_backward_pre_hook(lambda m, g: (curved(g[0]),)),
-    "forward": lambda target: target[4][0].register_forward_hook(lambda m, x, y: y.tanh()),
-}
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("scheme", ["transfer", "simulation"])
-def test_hooks_act_on_the_gradient_of_a_step_and_on_no_other(hook: str, scheme: str) -> None:
-    reference = build(smooth=True, where="softplus", scheme=scheme, inner_steps=1 + (scheme == "transfer"))
-    without = flat(reference.meta_gradient(*batch(30), val=batch(40))) if scheme == "transfer" else None
-    HOOKS[hook](reference.target)
-    check_by_differences(reference)
-    if without is not None:
-        assert not torch.allclose(flat(reference.meta_gradient(*batch(30), val=batch(40))), without, rtol=1e-3)
-
-
-class Coin(nn.Module):
-    """Random numbers of Python and numpy, and a buffer that the output depends on and each forward pass changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.scale.mul_(1.1)
-        return x * (self.scale + 0.3 * random.random() + 0.3 * np.random.rand())  # noqa: NPY002
-
-
-class Attention(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        t = x.flatten(2).transpose(1, 2)  # [B, N, C]
-        return F.scaled_dot_product_attention(t, t, t).transpose(1, 2).view_as(x)
-
-
-class Normalize(nn.Module):
-    """Of pixels, the last row of which is padding."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(F.pad(x, (0, 0, 0, 1)))[:, :, 1:]
-
-
-MIDDLE = [Coin(), Attention(), Normalize(), nn.Hardsigmoid(), nn.Hardsigmoid(inplace=True), nn.Hardswish()]
-
-
-@pytest.mark.parametrize("middle", MIDDLE, ids=lambda middle: type(middle).__name__)
-@pytest.mark.parametrize("scheme", ["transfer", "simulation"])
-def test_modules_of_many_kinds(middle: nn.Module, scheme: str) -> None:
-    middle = copy.deepcopy(middle)
-    torch.manual_seed(0)
-    target = nn.Sequential(nn.AvgPool2d(2), block(3, 6, True), middle, nn.AvgPool2d(2), block(6, 4, True))
-    target.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)])
-    reference = Reference(
-        source_net((1, 2), True).double(), target.double(), source_layers=["0", "1"], target_layers=["2", "4"],
-        pairs=PAIRS, example=batch(0)[0], where="softplus", scheme=scheme, inner_steps=1 if scheme != "transfer" else 2,
-    )  # fmt: skip
-    if isinstance(middle, Coin):
-        assert middle.scale == 1
-    for seed in (10, 11):
-        reference.step(*batch(seed), val=batch(20))
-    check_by_differences(reference)
-
-
-def test_modes_are_the_users() -> None:
-    torch.manual_seed(0)
-    target = target_net().double().eval()
-    options: dict[str, Any] = {
-        "source_layers": ["0"], "target_layers": ["1"], "pairs": [(0, 0, 0)], "example": batch(0)[0],
-    }  # fmt: skip
-    Reference(source_net((1,)).double(), target, **options)
-    assert all(m.training for m in target.modules())
-    norm = target[1][1]
-    norm.eval()
-    reference = Reference(source_net((1,)).double(), target, **options)
-    assert [m for m in target.modules() if not m.training] == [norm]
-    before = copy.deepcopy(norm.state_dict())
-    reference.step(*batch(1))
-    gradient = flat(reference.meta_gradient(*batch(2)))
-    assert [m for m in target.modules() if not m.training] == [norm]
-    assert all(torch.equal(norm.state_dict()[k], before[k]) for k in ("running_mean", "running_var"))
-    norm.train()
-    assert not torch.allclose(flat(reference.meta_gradient(*batch(2))), gradient, rtol=1e-3)
-
-
-class Stages(nn.Module):
-    """Features as tokens [B, 1 + N, C], in a list with the maps that they come from, and several outputs."""
-
-    def __init__(self, plain: nn.Sequential, outputs: str) -> None:
-        super().__init__()
-        self.plain, self.stage, self.outputs = plain, _Stage(), outputs
-
-    def forward(self, x: Tensor) -> Any:
-        x = self.plain[:2](x)
-        y = self.plain[2:](self.stage(x)[0])
-        return {"tuple": (-y, y), "dict": {"aux": -y, "logits": y}, "plain": y}[
-            self.outputs if self.training else "plain"
-        ]
-
-
-class _Stage(nn.Module):
-    def forward(self, x: Tensor) -> list[Tensor]:
-        tokens = x.flatten(2).transpose(1, 2)
-        return [x * 1, torch.cat([tokens[:, :1] * 3, tokens], 1)]
-
-
-@pytest.mark.parametrize(("outputs", "logits"), [("tuple", 1), ("tuple", -1), ("dict", "logits"), ("plain", None)])
-def test_layers_by_index_maps_and_logits_by_place(outputs: str, logits: int | str | None) -> None:
-    plain = build()
-    wrapped = build()
-    target = Stages(wrapped.target, outputs)  # type: ignore[arg-type]
-    options: dict[str, Any] = {"source_layers": ["0", "1"], "pairs": PAIRS, "example": batch(0)[0]}
-
-    def to_map(tokens: Tensor) -> Tensor:
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
-
-    torch.manual_seed(0)
-    expected = Reference(plain.sources[0], plain.target, target_layers=["1", "4"], **options)
-    torch.manual_seed(0)
-    actual = Reference(
-        wrapped.sources[0], target, target_layers=["stage[1]", "plain.4"], target_maps={"stage[1]": to_map},
-        logits=logits, **options,
-    )  # fmt: skip
-    assert_close(actual.meta_gradient(*batch(1)), expected.meta_gradient(*batch(1)), 1e-12)
-    maps = {"1": lambda x: 20 * x}
-    torch.manual_seed(0)
-    mapped = Reference(plain.sources[0], plain.target, target_layers=["1", "4"], source_maps=maps, **options)
-    assert mapped.matching_loss(batch(1)[0]) > 1.5 * expected.matching_loss(batch(1)[0])

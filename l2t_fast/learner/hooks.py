@@ -1,7 +1,7 @@
-"""Backward hooks of the user's modules: they act on the gradient of a step, not on its adjoint.
+"""The hooks of the user's network: which there are, and that backward hooks act on a step's gradient, not its adjoint.
 
-A hook changes what a training step descends on. The meta-gradient differentiates that changed gradient, and the forward
-pass as it is: where its sweep passes a module again, the hook must not act once more.
+A backward hook changes what a training step descends on. The meta-gradient differentiates that changed gradient, and
+the forward pass as it is: where its sweep passes a module again, the hook must not act once more.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,20 @@ from typing import Any
 
 from torch import nn
 
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _sweeping = False  # for the whole process: on CUDA autograd runs hooks in threads of its own
+
+
+def hooks_of(network: nn.Module) -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """(name of the module or parameter, what it has: "forward hook", "hook" of a parameter, the hook itself)."""
+    for name, module in network.named_modules():
+        for hooks in MODULE_HOOKS:
+            kind = hooks.strip("_").removesuffix("_hooks").replace("_", "-")
+            for hook in getattr(module, hooks).values():
+                yield name or type(module).__name__, f"{kind} hook", hook
+    for name, p in network.named_parameters():
+        for hook in (p._backward_hooks or {}).values():
+            yield name, "hook", hook
 
 
 @contextmanager

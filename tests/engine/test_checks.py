@@ -1,0 +1,135 @@
+"""Settings, batches and networks that are refused, each with a sentence."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from l2t_fast import L2T, Engine, L2TError
+from tests.engine.shared import (
+    CLASSES,
+    X,
+    Y,
+    assert_identical,
+    small_batch,
+    small_learner,
+    small_net,
+    snapshot,
+    source_net,
+)
+
+pytestmark = pytest.mark.core
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheme": "bilevel"}, r"scheme='bilevel' .*'transfer' or 'simulation'"),
+        ({"mode": "fast"}, r"mode='fast' .*'auto' or 'eager'"),
+        ({"precision": "fp8"}, r"precision='fp8' .*'fp32'"),
+        ({"memory": "less"}, r"memory='less' .*'save' or 'recompute'"),
+        ({"nesterov": True, "momentum": 0.0}, r"nesterov=True needs momentum > 0"),
+        *(
+            ({name: -1}, rf"{name}=-1 is not to be had")
+            for name in ("lr", "momentum", "weight_decay", "meta_lr", "meta_weight_decay", "beta", "inner_steps")
+        ),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    learner = small_learner()
+    with pytest.raises(L2TError, match=message):
+        Engine(learner, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X, Y + 1), r"labels go from \d to 3, but the target has classes 0 to 2"),
+        ((X, 0 * Y - 1), r"labels go from -1 to"),
+        ((X, Y, (X, Y + 3)), r"labels go from \d to \d, but"),
+        ((X, Y[:-1]), r"labels must be int64 of shape \[4\] .*, not torch.int64 \[3\]"),
+        ((X, F.one_hot(Y, 3)), r"of shape \[4\] .*, not torch.int64 \[4, 3\]"),
+        ((X, Y.int()), r"labels must be int64 .*, not torch.int32 \[4\]"),
+        ((X.float(), Y), r"the images are torch.float32 on cpu, the target is torch.float64 on cpu"),
+        ((X.to("meta"), Y), r"the images are torch.float64 on meta, the target is torch.float64 on cpu"),
+        ((X, Y.to("meta")), r"labels must be .* on cpu, .* on meta"),
+        ((X[:1], Y[:1]), r"BatchNorm cannot train on a batch of one: give two"),
+        ((X, Y, (X[:1], Y[:1])), r"BatchNorm cannot train on a batch of one"),
+        ((X[:0], Y[:0]), r"empty"),
+        (([X, X], [Y, Y]), r"scheme='transfer' takes one batch at a time"),
+        (([X, X], [Y]), r"2 batches of images but 1 of labels"),
+        (([], []), r"0 batches of images"),
+    ],
+)
+def test_bad_batches(arguments: tuple[Any, ...], message: str) -> None:
+    engine = Engine(small_learner())
+    before = snapshot(engine)
+    for function in (engine.step, engine.meta_gradient):
+        with pytest.raises(L2TError, match=message):
+            function(*arguments)
+        assert_identical(snapshot(engine), before)
+
+
+def test_simulation_needs_its_batches() -> None:
+    engine = Engine(small_learner(), scheme="simulation", inner_steps=2)
+    with pytest.raises(L2TError, match=r"give val=\(images, labels\)"):
+        engine.step(X, Y)
+    with pytest.raises(L2TError, match=r"3 batches for 2 inner steps"):
+        engine.step([X] * 3, [Y] * 3, val=(X, Y))
+
+
+def test_a_batch_of_one_is_fine_without_batchnorm() -> None:
+    torch.manual_seed(0)
+    target = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+    engine = Engine(small_learner(target.double(), target_layers=["1"]))
+    assert engine.step(X[:1], Y[:1])["meta_loss"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"what": "hardmax"}, r"what='hardmax' is unknown: use 'softmax' or 'uniform'"),
+        ({"where": "relu7"}, r"where='relu7' is unknown: use 'relu6', 'relu', 'relu-avg', 'softplus' or 'fixed'"),
+        ({"pairs": [(0, 2)]}, r"\(0, 0, 2\) .* no target layer 2"),
+        ({"source_layers": ["0", "5"]}, r"the source 0 has no layer '5'"),
+        ({"source_layers": [["0"], ["1"]]}, r"one list of names for each of the 1 sources"),
+        ({"target_layers": ["0", "seven"]}, r"the target has no layer 'seven'"),
+        ({"source_layers": []}, r"source 0|source_layers"),
+        ({"target_layers": [], "pairs": "single"}, r"target|target_layers"),
+        ({"example": X[0]}, r"example must be images \[B, C, H, W\], not a tensor of shape \[3, 8, 8\]"),
+        ({"example": X.float()}, r"of the source 0 is torch.float64 on cpu, but example is torch.float32 on cpu"),
+        ({"target": small_net().float()}, r"of the target is torch.float32 .*: move all networks"),
+        ({"target": small_net().to("meta")}, r"of the target is torch.float64 on meta, but example is .* on cpu"),
+        ({"sources": [source_net((2, 2)), source_net((2, 2))]}, r"one list of names for each of the 2 sources"),
+        ({"sources": [source_net((2, 2)), source_net((1, 1)).float()], "source_layers": [["0"], ["0"]]},
+         r"of the source 1 is torch.float32"),
+    ],
+)  # fmt: skip
+def test_networks_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {
+        "sources": source_net((2, 2)), "target": small_net(), "source_layers": ["0", "1"], "target_layers": ["0", "2"],
+        "example": X,
+    }  # fmt: skip
+    with pytest.raises(L2TError, match=message):
+        L2T(**{**good, **options})
+
+
+def test_nothing_to_train() -> None:
+    learner = small_learner(small_net().requires_grad_(False))
+    with pytest.raises(L2TError, match=r"the target has no parameter to train: set requires_grad"):
+        Engine(learner)
+
+
+def test_a_hardsigmoid_is_refused_before_anything_is_trained() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.Flatten(), nn.Linear(144, 3)).double()
+    learner = L2T(small_net(nn.ReLU()), network, source_layers=["0"], target_layers=["0"], example=small_batch(0, 8)[0])
+    with pytest.raises(L2TError, match="'1' of the target is a Hardsigmoid"):
+        Engine(learner)
+
+
+def test_one_network_as_source_and_target_is_refused() -> None:
+    network = small_net(nn.ReLU())
+    with pytest.raises(L2TError, match="share parameters: give the target a copy"):
+        L2T(network, network, source_layers=["0"], target_layers=["0"], example=small_batch(0, 8)[0])
