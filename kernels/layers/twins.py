@@ -19,8 +19,15 @@ from l2t_fast.kernels.layers.convolution import convolution
 
 
 def twin_of(layer: nn.Module) -> type[nn.Module] | None:
-    """The twin of a layer of exact type `nn.Conv2d`, `nn.BatchNorm2d` or `nn.Linear`; None for any other."""
-    return _TWINS.get(type(layer))
+    """The twin of a layer, None for one that has none.
+
+    Exact types: `nn.Conv2d` (zero padding by a number), `nn.BatchNorm2d` (affine) and `nn.Linear` have one.
+    """
+    if type(layer) is nn.Conv2d:
+        return Conv2d if _pads_by_number(layer) else None
+    if type(layer) is nn.BatchNorm2d:
+        return BatchNorm2d if layer.weight is not None else None
+    return Linear if type(layer) is nn.Linear else None
 
 
 class Twins:
@@ -101,8 +108,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         input = _as_weight(input, self.weight)
-        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if not plain or input.dim() != 4 or input.dtype != self.weight.dtype or _autocast(input):
+        if not _pads_by_number(self) or input.dim() != 4 or input.dtype != self.weight.dtype or _autocast(input):
             return super().forward(input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return convolution(input, self.weight, self.bias, *geometry)  # type: ignore[no-any-return]
@@ -149,7 +155,8 @@ class BatchStatistics2d(BatchNorm2d):
         return F.batch_norm(input, None, None, self.weight, self.bias, True, momentum, self.eps)
 
 
-_TWINS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
+def _pads_by_number(layer: nn.Conv2d) -> bool:
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def _normalises(layer: nn.BatchNorm2d, x: Tensor) -> bool:
