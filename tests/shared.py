@@ -40,10 +40,10 @@ def learner(
     return L2T(source.to(device, dtype), target.to(device, dtype), example=x, **layers)
 
 
-def engine(of: L2T | None = None, **options: Any) -> Engine:
+def engine(subject: L2T | None = None, **options: Any) -> Engine:
     """Of a new learner unless one is given; quiet unless told otherwise."""
     settings = {"lr": 0.02, "meta_lr": 1e-3, "say": lambda text: None, **options}
-    return Engine(learner() if of is None else of, **settings)
+    return Engine(learner() if subject is None else subject, **settings)
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:

@@ -95,11 +95,11 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     return make
 
 
-def fuse(of: Engine) -> Engine:
+def fuse(subject: Engine) -> Engine:
     """As on a GPU; on a CPU Adam's other forms read their step count."""
-    if of.trained.adam is not None:
-        of.trained.adam.param_groups[0]["fused"] = True
-    return of
+    if subject.trained.adam is not None:
+        subject.trained.adam.param_groups[0]["fused"] = True
+    return subject
 
 
 def fused(**options: Any) -> Engine:
@@ -129,7 +129,7 @@ def test_plain_training_is_captured_too(taped: Callable[..., Engine]) -> None:
         network = build_model("vgg9_bn", CLASSES, 0.06).double()
         return L2T([], network, source_layers=[], target_layers=[], pairs=[], example=batch(0)[0])
 
-    eager, graph = fused(of=plain()), taped(of=plain())
+    eager, graph = fused(subject=plain()), taped(subject=plain())
     for i in range(WARM_UP + 2):
         same(graph.step(*batch(i)), eager.step(*batch(i)))
     assert len(Tape.made) == 1
@@ -233,7 +233,7 @@ def test_auto_falls_back_with_one_line(taped: Callable[..., Engine], monkeypatch
 
 
 def test_random_numbers_of_the_host_are_not_captured(taped: Callable[..., Engine]) -> None:
-    graph = taped(of=learner(dropout=nn.Dropout(0.5)))
+    graph = taped(subject=learner(dropout=nn.Dropout(0.5)))
     for i in range(WARM_UP):
         graph.step(*batch(i))
     with pytest.raises(L2TError, match="draws random numbers on the CPU, which a CUDA graph would repeat"):

@@ -1,23 +1,29 @@
 """Settings, batches and networks that are refused, each with a sentence."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from l2t_fast import L2T, Engine, L2TError
+from l2t_fast.reference import Reference
 from tests.engine.shared import (
     CLASSES,
     X,
     Y,
+    assert_close,
     assert_identical,
+    flat,
+    randomise,
     small_batch,
     small_learner,
     small_net,
     snapshot,
     source_net,
+    take_state,
 )
 
 pytestmark = pytest.mark.core
@@ -122,11 +128,48 @@ def test_nothing_to_train() -> None:
         Engine(learner)
 
 
-def test_a_hardsigmoid_is_refused_before_anything_is_trained() -> None:
+class Once(torch.autograd.Function):
+    """Its backward pass has no derivative, and says so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g[0]
+
+
+class OnceModule(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(x)  # type: ignore[no-any-return]
+
+
+def test_what_has_no_second_derivative_is_refused_before_anything_is_trained() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), OnceModule(), nn.Flatten(), nn.Linear(144, 3)).double()
+    source, x = small_net(nn.ReLU()), small_batch(0, 8)[0]
+    before = {name: p.clone() for name, p in network.state_dict().items()}
+    options: dict[str, Any] = {"source_layers": ["0"], "target_layers": ["0"], "example": x}
+    with pytest.raises(L2TError, match=r"'1' of the target \(OnceModule\) cannot be differentiated twice"):
+        Engine(L2T(source, network, **options))
+    assert_identical(network.state_dict(), before)
+    Engine(L2T(source, network, what="uniform", where="fixed", **options)).step(*small_batch(0, 8))  # no meta-gradient
+
+
+def test_a_hardsigmoid_has_a_second_derivative() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.Flatten(), nn.Linear(144, 3)).double()
-    learner = L2T(small_net(nn.ReLU()), network, source_layers=["0"], target_layers=["0"], example=small_batch(0, 8)[0])
-    with pytest.raises(L2TError, match="'1' of the target is a Hardsigmoid"):
-        Engine(learner)
+    plain = copy.deepcopy(network)
+    options: dict[str, Any] = {"source_layers": ["0"], "target_layers": ["0"], "example": small_batch(0, 8)[0]}
+    learner = L2T(source_net((2, 2)), network, **options)
+    randomise(learner)
+    engine = Engine(learner)
+    reference = Reference(learner.sources[0], plain, pairs=[(0, 0, 0)], **options)
+    take_state(reference, copy.deepcopy(engine.state_dict()))
+    gradient = engine.meta_gradient(*small_batch(1, 8))
+    assert_close(gradient, reference.meta_gradient(*small_batch(1, 8)))
+    assert flat(gradient).norm() > 0
 
 
 def test_one_network_as_source_and_target_is_refused() -> None:

@@ -208,7 +208,7 @@ def test_batches_from_the_host_are_the_same(memory: str, warm: dict[str, Any]) -
 @pytest.mark.parametrize("mode", ["eager", *MODES])
 def test_low_precision_is_as_exact_as_pytorchs_own(mode: Any, precision: Any, warm: dict[str, Any]) -> None:
     """Against float64, over several batches; PyTorch's own is the plain transcription, in TF32 or under autocast."""
-    from test_modes import reference_at
+    from tests.engine.test_precision import reference_at
 
     exact = made(torch.float64, mode="eager")
     load_as(exact, {**warm, "adam": exact.state_dict()["adam"]})

@@ -139,7 +139,7 @@ def test_terms_in_compiled_steps(name: str, aot_eager: None) -> None:  # noqa: F
 
 @pytest.mark.parametrize("name", TERMS)
 def test_terms_in_captured_iterations(name: str, taped: Callable[..., Engine]) -> None:  # noqa: F811
-    eager, graph = fused(of=learner(name)), taped(of=learner(name))
+    eager, graph = fused(subject=learner(name)), taped(subject=learner(name))
     for i in range(WARM_UP + 2):
         eager.lr = graph.lr = 0.02 / (1 + i)
         same(graph.step(*batch(i)), eager.step(*batch(i)))
