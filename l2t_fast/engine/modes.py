@@ -1,10 +1,11 @@
 """How an iteration runs: what "auto" picks, and what may be captured."""
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2t_fast.choices import Memory, Mode
 from l2t_fast.errors import L2TError
@@ -70,10 +71,23 @@ def settings_of(target: nn.Module) -> tuple[Any, ...]:
         (
             type(module),
             tuple((key, value) for key, value in module.__dict__.items() if isinstance(value, _SIMPLE)),
+            tuple(_identities(module)),
             *(tuple(getattr(module, f"_{kind}_hooks")) for kind in ("forward", "forward_pre", "backward")),
         )
         for module in target.modules()
     )
 
 
+def _identities(module: nn.Module) -> Iterator[int]:
+    """Of the tensors, and of what is in the lists and dictionaries, that a user's module keeps as attributes."""
+    if type(module).__module__.startswith("torch.nn."):
+        return
+    for key, value in module.__dict__.items():
+        if isinstance(value, Tensor):
+            yield id(value)
+        elif key not in _TORCHS and isinstance(value, (list, dict, deque)):
+            yield from map(id, value.values() if isinstance(value, dict) else value)
+
+
+_TORCHS = frozenset(vars(nn.Module()))
 _SIMPLE = (bool, int, float, str, type(None), tuple)

@@ -14,14 +14,12 @@ What stays without: roi_align, roi_pool, ps_roi_align, deform_conv2d, EmbeddingB
 segment_reduce, CTC and margin losses, functions marked `once_differentiable`; `examine` names the module with one.
 """
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from l2t_fast.errors import UnfitError
+from l2t_fast.learner.taps import undisturbed
 
 
 class _HardsigmoidGradient(torch.autograd.Function):
@@ -119,8 +118,7 @@ def examine(
     """Differentiates one forward pass twice, to find out how `module` must run.
 
     Args:
-        module: the network; it and all in it are left as they were: parameters, buffers, gradients, modes, other
-            attributes, the generators of torch, numpy and Python.
+        module: the network; it and all in it are left as they were (`undisturbed`).
         run: a forward pass of `module` in the mode it is in, on a small batch; returns its outputs (tensors, in tuples,
             lists and dictionaries as it likes).
         parameters: what the gradients are taken of.
@@ -130,7 +128,8 @@ def examine(
         UnfitError: it cannot be differentiated twice; names the innermost module to which this is due, and PyTorch's
             reason. What the forward pass itself raises passes through.
     """
-    with _undisturbed(module), torch.enable_grad():
+    device = next(iter(parameters)).device
+    with undisturbed(module, device), torch.enable_grad():
         for way in (SecondOrder(), SecondOrder(replace=True)):
             with way.context():
                 outputs = run()
@@ -237,29 +236,3 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _reason(error: Exception | None) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
-
-
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Puts back what a forward pass may change: values and places of tensors, attributes, modes, generators."""
-    modules = [*module.modules()]
-    attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
-    tensors = [*module.parameters(), *module.buffers()]
-    tensors += [value for m in modules for value in vars(m).values() if isinstance(value, Tensor)]
-    values = [t.detach().clone() for t in tensors]
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  the one that modules use
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
-        for m, theirs, buffers in attributes:
-            m._buffers.clear()
-            m._buffers.update(buffers)
-            vars(m).clear()
-            vars(m).update(theirs)
-        for t, value in zip(tensors, values, strict=True):
-            if not torch.equal(t, value):
-                t.data.copy_(value)

@@ -157,6 +157,8 @@ class L2T(nn.Module):
         Raises:
             L2TError: one cannot be traced, or its graph computes something else.
         """
+        if self.networks.target.statistics_matter:
+            raise L2TError("the target reads running statistics in training mode, which graphs of it leave out.")
         like = next(self.projections.parameters(), next(self.target.parameters()))
         example = like.detach().new_zeros(2, *self.image_shape)
         sources = [trace(network, example) for network in self.networks.sources]

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 Slot = tuple[Any, Any]  # a dictionary or list, and the key or index in it
-Attributes = list[tuple[dict[str, Any], dict[str, Any]]]  # of a module: its __dict__, and a copy of it
 
 
 class Places:
@@ -22,12 +21,19 @@ class Places:
         self.parameters: dict[str, Tensor] = dict(network.named_parameters())
         names = {id(p): name for name, p in self.parameters.items()}
         self._slots: dict[str, list[Slot]] = {name: [] for name in self.parameters}
+        self._holders: list[Slot] = []  # those lists and dictionaries beside the registered tensors
         for module in network.modules():
-            for value in list(module.__dict__.values()):
+            for attribute, value in list(module.__dict__.items()):
                 if isinstance(value, (list, dict)):
-                    for key, p in value.items() if isinstance(value, dict) else enumerate(value):
-                        if isinstance(p, Tensor) and id(p) in names:
-                            self._slots[names[id(p)]].append((value, key))
+                    found = [
+                        (names[id(p)], key)
+                        for key, p in (value.items() if isinstance(value, dict) else enumerate(value))
+                        if isinstance(p, Tensor) and id(p) in names
+                    ]
+                    for name, key in found:
+                        self._slots[name].append((value, key))
+                    if found and attribute != "_parameters":
+                        self._holders.append((module.__dict__, attribute))
 
     @contextmanager
     def holding(self, parameters: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> Iterator[None]:
@@ -35,7 +41,8 @@ class Places:
 
         On return `buffers` has what the pass left in their places.
         """
-        before: list[tuple[Any, Any, Any]] = []
+        # `nn.LSTM` makes its list anew of what stands in the places.
+        before: list[tuple[Any, Any, Any]] = [(holder, key, holder[key]) for holder, key in self._holders]
         placed = self._buffer_slots(buffers)
         try:
             for tensors, slots in ((parameters, self._slots), (buffers, placed)):
@@ -45,8 +52,8 @@ class Places:
                         holder[key] = tensor
             yield
             for name, slots_of in placed.items():
-                now = [holder[key] for holder, key in slots_of]
-                buffers[name] = next((t for t in now if t is not buffers[name]), buffers[name])
+                now = [holder.get(key) for holder, key in slots_of]
+                buffers[name] = next((t for t in now if t is not None and t is not buffers[name]), buffers[name])
         finally:
             for holder, key, value in reversed(before):
                 holder[key] = value
@@ -84,24 +91,3 @@ def buffers_of(network: nn.Module, left_out: Callable[[nn.Module], bool]) -> dic
                 seen.add(id(b))
                 found[f"{prefix}.{key}" if prefix else key] = b
     return found
-
-
-def read_attributes(network: nn.Module) -> Attributes:
-    """What the modules keep as Python attributes, which a forward pass may set; not what lists of theirs hold.
-
-    Of PyTorch's own modules only those with hooks are asked: no forward pass of theirs sets any.
-    """
-    return [
-        (module.__dict__, dict(module.__dict__))
-        for module in network.modules()
-        if module._forward_hooks or module._forward_pre_hooks or not type(module).__module__.startswith("torch.nn.")
-    ]
-
-
-def set_attributes(attributes: Attributes) -> None:
-    """Puts back what `read_attributes` gave."""
-    for now, then in attributes:
-        if now.keys() != then.keys() or any(now[key] is not value for key, value in then.items()):
-            for key in now.keys() - then.keys():
-                del now[key]
-            now.update(then)

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from l2t_fast.errors import L2TError
+from l2t_fast.learner.attributes import apart, read_attributes, read_hooks, set_attributes
 from l2t_fast.learner.generators import generators_kept
 from l2t_fast.learner.layout import FeatureMap, find_layout, parse_layer, pick
 from l2t_fast.learner.pairs import Shape
-from l2t_fast.learner.places import read_attributes, set_attributes
 from l2t_fast.learner.trail import AxisTrail
 
 
@@ -74,11 +74,18 @@ def unwrapped(module: nn.Module, role: str) -> nn.Module:
 
 
 def check_module(module: nn.Module, role: str) -> None:
-    """Raises L2TError for a network whose parameters are not there yet."""
+    """Raises L2TError for a network whose parameters are not there yet, or beyond the reach of Python."""
+    for name, inner in module.named_modules() if role == "target" else ():
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise L2TError(f"'{name}' of the {role} is a scripted module: put the Python module that it was made of.")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if is_lazy(tensor):
             raise L2TError(
                 f"'{name}' of the {role} has no shape yet (a lazy layer): run the network on one batch of images first."
+            )
+        if role == "target" and tensor.is_inference():
+            raise L2TError(
+                f"'{name}' of the {role} was made in inference mode, so it cannot be trained: make it outside."
             )
 
 
@@ -287,18 +294,24 @@ class _Trial(TorchDispatchMode):
 
 @contextmanager
 def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts buffers, modes, Python attributes and the random generators back to where they were."""
+    """Puts parameters, buffers, modes, hooks, attributes and the random generators back to where they were."""
     attributes = read_attributes(module)
-    held = [(m._buffers, key, b, b.clone()) for m in module.modules() for key, b in m._buffers.items() if b is not None]
+    kept = [t for m in module.modules() for t in (m._buffers, m._parameters, m._modules)]
+    tables = [(t, dict(t)) for t in kept if isinstance(t, dict)]  # not those of scripted modules
+    tables += read_hooks(module)
+    held = [(t, t.data, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
     modes = [(m, m.training) for m in module.modules()]
     try:
+        set_attributes(apart(attributes))
         with generators_kept(device):
             yield
     finally:
         set_attributes(attributes)
+        set_attributes(tables)
         for m, training in modes:
             m.training = training
-        with torch.no_grad():
-            for buffers, key, buffer, value in held:
-                buffers[key] = buffer
-                buffer.copy_(value)
+        for tensor, data, value in held:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
