@@ -139,6 +139,7 @@ class Reference:
                 raise L2TError(f"No layer {min(unknown)!r}; name layers as in named_modules().")
 
         modes = [(module, module.training) for module in target.modules()]
+        tables = [(module._buffers, dict(module._buffers)) for module in target.modules()]
         buffers = copy.deepcopy(dict(target.named_buffers()))
         generators = Generators.get(example.device)
         target.eval()
@@ -148,6 +149,8 @@ class Reference:
         self._replaced = replaced.met
         for module, training in modes:
             module.training = training
+        for table, held in tables:
+            table.update(held)
         with torch.no_grad():
             for name, buffer in target.named_buffers():
                 buffer.copy_(buffers[name])

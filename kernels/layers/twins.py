@@ -1,14 +1,16 @@
 """Twins of a network's layers: its parameters, buffers and hooks, with the second order written out in this folder.
 
 The meta-gradient differentiates every layer's backward once more; PyTorch's own double backward is dearer than needed.
-A twin is a class: a layer of a network that runs as it is takes it on for one pass (`Twins`), a layer of a traced
-network for good (`replace_layers`). A call that a twin does not cover (BatchNorm in evaluation mode, half precision,
-autocast, an unbatched image, padding by a word) runs the ordinary forward pass.
+A twin is a class: a layer of a network that runs as it is has its forward pass for one (`Twins`), a layer of a traced
+network is replaced by it (`replace_layers`). A call that a twin does not cover (BatchNorm in evaluation mode, half
+precision, autocast, an unbatched image, padding by a word) runs the ordinary forward pass.
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,27 +33,37 @@ def twin_of(layer: nn.Module) -> type[nn.Module] | None:
 
 
 class Twins:
-    """The layers of a network that have twins, and how they take them on.
+    """The layers of a network that have twins, and how they run as these.
 
     Differentiated a third time, a twin raises L2TError.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._layers = [(layer, twin) for layer in network.modules() if (twin := twin_of(layer)) is not None]
+        self._layers: list[tuple[nn.Module, type[nn.Module], MethodType, MethodType]] = []
+        for layer in network.modules():
+            if (twin := twin_of(layer)) is not None:
+                simulated = BatchStatistics2d if twin is BatchNorm2d else twin
+                self._layers.append(
+                    (layer, twin, MethodType(twin.forward, layer), MethodType(simulated.forward, layer))
+                )
 
     @contextmanager
     def taken(self, *, simulated: bool) -> Iterator[None]:
-        """Each layer is its twin inside; in simulated passes BatchNorms in training mode leave statistics alone."""
-        taken: list[tuple[nn.Module, type[nn.Module]]] = []
+        """Each layer runs its twin's forward inside; in simulated passes BatchNorms with batch statistics leave theirs.
+
+        Not so one that has been made something else since (by a parametrization), or has a forward pass of its own.
+        """
+        taken: list[dict[str, Any]] = []
         try:
-            for layer, twin in self._layers:
-                if twin_of(layer) is twin:  # else it was made something else since, by a parametrization for example
-                    taken.append((layer, type(layer)))
-                    layer.__class__ = BatchStatistics2d if simulated and twin is BatchNorm2d else twin
+            for layer, twin, real_forward, simulated_forward in self._layers:
+                own = layer.__dict__
+                if "forward" not in own and twin_of(layer) is twin:
+                    taken.append(own)
+                    own["forward"] = simulated_forward if simulated else real_forward
             yield
         finally:
-            for layer, own in taken:
-                layer.__class__ = own
+            for own in taken:
+                del own["forward"]
 
 
 def replace_layers(network: nn.Module) -> None:
@@ -109,7 +121,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         input = _as_weight(input, self.weight)
         if not _pads_by_number(self) or input.dim() != 4 or input.dtype != self.weight.dtype or _autocast(input):
-            return super().forward(input)
+            return nn.Conv2d.forward(self, input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return convolution(input, self.weight, self.bias, *geometry)  # type: ignore[no-any-return]
 
@@ -118,7 +130,7 @@ class Linear(nn.Linear):
     """`nn.Linear` that computes in the dtype of its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(_as_weight(input, self.weight))
+        return nn.Linear.forward(self, _as_weight(input, self.weight))
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -126,7 +138,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if not _normalises(self, input):
-            return super().forward(input)
+            return nn.BatchNorm2d.forward(self, input)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None

@@ -20,7 +20,9 @@ from l2t_fast.engine.state import Trained, check_fits
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.generators import Generators, device_drew, generators_kept, host_drew, read_generators
+from l2t_fast.learner.hooks import sweeping
 from l2t_fast.learner.learner import L2T
+from l2t_fast.learner.reach import check_reach
 
 
 def say_on_stderr(text: str) -> None:
@@ -120,7 +122,8 @@ class Engine:
         self._compiled: tuple[tuple[Any, ...], Steps] | None = None  # for inputs of these shapes
         self._draws: Draws | None = None  # not looked at yet
         self._labels_seen = self._evaluation_said = self._sets_attributes = False
-        self._second_order = self._examined() if self.trained.phi else None
+        self._examined_in = self._modes()
+        self._second_order = self._examined()
         self._settings = settings_of(learner.target)  # that what is captured or compiled has frozen
         self._graphs = self._new_graphs()
         self.needs_val = scheme == "simulation" and bool(self.trained.phi)
@@ -233,15 +236,23 @@ class Engine:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise L2TError("an Engine cannot be copied or pickled: make a new one, and load its state_dict().")
 
-    def _examined(self) -> SecondOrder:
-        """How the target's forward pass runs, so that it can be differentiated twice: found by a tiny trial."""
-        network = self.learner.networks.target
-        parameters = [p for p in network.parameters.values() if p.requires_grad]
-        parameter = parameters[0]
-        x = torch.zeros(2, *self.learner.image_shape, dtype=parameter.dtype, device=self._device)
+    def _modes(self) -> list[bool]:
+        return [module.training for module in self.learner.target.modules()]
+
+    def _examined(self) -> SecondOrder | None:
+        """How the target's forward pass runs, so that it can be differentiated twice: found by tiny trials."""
+        network = self.learner.target_network
+        dtype = next(iter(self.trained.theta.values())).dtype
+        x = torch.zeros(2, *self.learner.image_shape, dtype=dtype, device=self._device)
         with generators_kept(self._device):
             x.normal_()
-        return examine(self.learner.target, lambda: network.run(x), parameters)
+        with SecondOrder().context():
+            check_reach(network, x, again=bool(self.trained.phi))
+        if not self.trained.phi:
+            return None
+        stand_ins = {name: p.detach().requires_grad_() for name, p in network.parameters.items() if p.requires_grad}
+        with sweeping():  # hooks may have consequences of their own
+            return examine(self.learner.target, lambda: network.run(x, stand_ins), list(stand_ins.values()))
 
     def _twice_differentiable(self) -> Any:
         return (self._second_order or SecondOrder()).context()
@@ -335,6 +346,8 @@ class Engine:
         for source in self.learner.sources:
             if any(module.training for module in source.modules()):
                 source.eval()
+        if (modes := self._modes()) != self._examined_in:  # which another forward pass may come from
+            self._second_order, self._examined_in = self._examined(), modes
         if not self.learner.target.training and not self._evaluation_said:
             self._say(
                 "l2t_fast: the target is in evaluation mode, and trains so: BatchNorm by its running statistics, no "

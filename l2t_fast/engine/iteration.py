@@ -12,10 +12,9 @@ from l2t_fast.engine.bilevel import Kind
 from l2t_fast.engine.compile import Steps
 from l2t_fast.engine.inner_step import Gradient, StepInput, Theta
 from l2t_fast.engine.state import Trained
-from l2t_fast.engine.surroundings import Buffers, Simulated
+from l2t_fast.engine.surroundings import Simulated, Surroundings
 from l2t_fast.kernels.sgd.step import sgd_step, sgd_step_
 from l2t_fast.learner.learner import L2T
-from l2t_fast.learner.places import read_attributes, set_attributes
 
 Metrics = dict[str, Tensor]
 
@@ -47,23 +46,22 @@ class Iteration:
         """One iteration on images and labels in a row (`split`); draws: a forward pass may draw random numbers."""
         trained, learner = self.trained, self.learner
         matched = self.matching(steps, tensors)
-        buffers, attributes = Buffers(learner.target), read_attributes(learner.target)
+        around = Surroundings(learner.target)
         try:
             real = self.real_gradient(steps, matched.batches[0])
             grads = [real.theta.get(name) for name in trained.theta]
             theta, momentum = [p.detach() for p in trained.theta.values()], list(trained.momentum.values())
             if trained.adam is None:
                 sgd_step_(theta, momentum, grads, trained.lr, trained.rule)
-                buffers.settle(real.buffers)
+                around.settle(real.buffers)
                 return self._metrics(real, matched)
             new_theta, new_momentum = sgd_step(theta, momentum, grads, trained.lr, trained.rule)
-            buffers.settle(real.buffers)
+            around.settle(real.buffers)
             start = (dict(zip(trained.theta, new, strict=True)) for new in (new_theta, new_momentum))
             metrics = self._metrics(real, matched)
             metrics["meta_loss"], of_phi = self.meta_gradient(steps, matched, *start, draws=draws)
         except BaseException:
-            buffers.put_back()
-            set_attributes(attributes)
+            around.put_back()
             raise
         torch._foreach_copy_(theta, new_theta)
         torch._foreach_copy_(momentum, new_momentum)
@@ -111,19 +109,24 @@ class Iteration:
 
         The derivative to a is summed over the steps, then pulled back through f and g once.
         """
-        around = Simulated(self.learner.target, self.trained.lr.device, draws)
+        around = Simulated(self.learner.target_network, self.trained.lr.device, draws)
 
         def gradient(kind: Kind, theta: Theta, a: list[Tensor]) -> Theta:
+            around.begin()
             batch = matched.batches[kind.batch]._replace(a=a)
             found = steps.gradient(kind, True, theta, batch, around.buffers)
             around.buffers = found.buffers
             return found.theta
 
+        def outer(theta: Theta) -> Tensor:
+            around.begin()
+            return steps.task_loss(theta, *matched.outer, around.buffers)
+
         try:
             loss, grads_a = bilevel.meta_gradient(
                 bilevel.simulated_steps(self.scheme, len(matched.batches), self.inner_steps),
                 gradient,
-                lambda theta: steps.task_loss(theta, *matched.outer, around.buffers),
+                outer,
                 theta,
                 momentum,
                 matched.a,

@@ -1,14 +1,16 @@
 """How an iteration runs: what "auto" picks, and what may be captured."""
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2t_fast.choices import Memory, Mode
 from l2t_fast.errors import L2TError
+from l2t_fast.learner.attributes import MODULE_OWN
 from l2t_fast.learner.hooks import MODULE_HOOKS, hooks_of
-from l2t_fast.learner.places import MODULE_OWN
 
 _COMPILE_FROM = 50_000  # iterations from which "auto" expects torch.compile to win back its minutes; a guess
 _HARMLESS_HOOKS = ("WeightNorm", "SpectralNorm")  # PyTorch's own, which only compute
@@ -59,11 +61,23 @@ def settings_of(target: nn.Module) -> list[Any]:
     found: list[Any] = []
     for module in target.modules():
         own = vars(module)
-        found += (type(module), own["training"])
+        found += (type(module), module.training)
         found += [value for key, value in own.items() if key not in MODULE_OWN and type(value) in _SIMPLE]
-        found += [tuple(own[kind]) for kind in MODULE_HOOKS if own[kind]]
+        found += [tuple(hooks) for kind in MODULE_HOOKS if (hooks := getattr(module, kind))]
+        found += _identities(module)
     found += [tuple(p._backward_hooks) for p in target.parameters() if p._backward_hooks]
     return found
+
+
+def _identities(module: nn.Module) -> Iterator[int]:
+    """Of the tensors, and of what is in the lists and dictionaries, that a user's module keeps as attributes."""
+    if type(module).__module__.startswith("torch.nn."):
+        return
+    for key, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield id(value)
+        elif key not in MODULE_OWN and isinstance(value, (list, dict, deque)):
+            yield from map(id, value.values() if isinstance(value, dict) else value)
 
 
 _SIMPLE = frozenset((bool, int, float, str, type(None), tuple, torch.Size))

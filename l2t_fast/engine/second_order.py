@@ -143,8 +143,7 @@ def examine(
     """Differentiates one forward pass twice, to find out how `module` must run.
 
     Args:
-        module: the network; it and all in it are left as they were: parameters, buffers, gradients, modes, other
-            attributes, the generators of torch, numpy and Python.
+        module: the network; it and all in it are left as they were (`undisturbed`).
         run: a forward pass of `module` in the mode it is in, on a small batch; returns its outputs (tensors, in tuples,
             lists and dictionaries as it likes).
         parameters: what the gradients are taken of.

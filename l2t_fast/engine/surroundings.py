@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2t_fast.kernels.layers.twins import BatchNorm2d, twin_of
+from l2t_fast.learner.attributes import Attributes, apart, cut_graphs, read_attributes, read_hooks, set_attributes
 from l2t_fast.learner.generators import read_generators, set_generators
-from l2t_fast.learner.places import buffers_of, read_attributes, set_attributes
+from l2t_fast.learner.network import Network
+from l2t_fast.learner.places import buffers_of
 
 
 class Buffers:
@@ -16,19 +17,19 @@ class Buffers:
 
     def __init__(self, network: nn.Module, left_out: Callable[[nn.Module], bool] = lambda module: False) -> None:
         self._network = network
+        self._tables = _tables(network, left_out)
         self._held = [
-            (module._buffers, key, buffer, buffer.clone(), buffer._version)
-            for module in network.modules()
-            if not left_out(module)
-            for key, buffer in module._buffers.items()
+            (table, key, buffer, buffer.clone(), buffer._version)
+            for table, held in self._tables
+            for key, buffer in held.items()
             if buffer is not None
         ]
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Where they are no longer what they were."""
-        for buffers, key, buffer, value, version in self._held:
-            buffers[key] = buffer
+        set_attributes(self._tables)
+        for _, _, buffer, value, version in self._held:
             if buffer._version != version:
                 buffer.copy_(value)
 
@@ -46,34 +47,68 @@ class Buffers:
             torch._foreach_copy_([own[name] for name in names], [given[name] for name in names])
 
 
+class Surroundings:
+    """Buffers, attributes and hooks of a network as they are now, for a real step: to be put back where it fails."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network, self._buffers = network, Buffers(network)
+        self._attributes, self._hooks = apart(read_attributes(network)), read_hooks(network)
+
+    def put_back(self) -> None:
+        set_attributes(self._attributes)
+        set_attributes(self._hooks)
+        self._buffers.put_back()
+
+    def settle(self, given: Mapping[str, Tensor]) -> None:
+        """See `Buffers`."""
+        self._buffers.settle(given)
+        cut_graphs(self._network)
+
+
 class Simulated:
     """The surroundings of the simulated steps of an iteration (`bilevel.Surroundings`).
 
-    Each pass starts from the `buffers` that the one before left; the target's own are read by the first alone. Buffers
-    of BatchNorms with twins are not among them: those leave them alone.
+    Each pass starts from the `buffers` and attributes that the one before left, and writes into copies; the target's
+    own are read by the first alone. Not among them are buffers of modules that leave theirs alone (`Network`).
     """
 
-    def __init__(self, target: nn.Module, device: torch.device, draws: bool) -> None:
-        self._target, self._device, self._draws = target, device, draws
-        self.buffers = buffers_of(target, _leaves_alone)
-        self._own = Buffers(target, _leaves_alone)
+    def __init__(self, network: Network, device: torch.device, draws: bool) -> None:
+        self._target, self._left_out = network.module, network.leaves_alone
+        self._device, self._draws = device, draws
+        target = self._target
+        self.buffers = buffers_of(target, self._left_out)
+        self._own = Buffers(target, self._left_out)
         self._attributes = read_attributes(target)
+        self._tables = _tables(target, self._left_out)
+        self._hooks = read_hooks(target)
+
+    def begin(self) -> None:
+        """To be called before each pass."""
+        set_attributes(apart(read_attributes(self._target)))
+        if any(key not in then or then[key] is None for now, then in self._tables for key in now):
+            self.buffers = {**buffers_of(self._target, self._left_out), **self.buffers}  # some pass may have made some
 
     def read(self) -> Any:
         generators = read_generators(self._device) if self._draws else None
-        return dict(self.buffers), read_attributes(self._target), generators
+        tables = _tables(self._target, self._left_out)
+        hooks = [(table, dict(table)) for table, _ in self._hooks]
+        return dict(self.buffers), read_attributes(self._target), tables, hooks, generators
 
     def put_back(self, state: Any) -> None:
-        self.buffers, attributes, generators = dict(state[0]), state[1], state[2]
-        set_attributes(attributes)
+        buffers, attributes, tables, hooks, generators = state
+        self.buffers = dict(buffers)
+        for held in (attributes, tables, hooks):
+            set_attributes(held)
         if generators is not None:
             set_generators(generators, self._device)
 
     def leave(self) -> None:
         """The target as it was before, but for the random generators."""
         set_attributes(self._attributes)
+        set_attributes(self._hooks)
         self._own.put_back()
 
 
-def _leaves_alone(module: nn.Module) -> bool:
-    return twin_of(module) is BatchNorm2d
+def _tables(network: nn.Module, left_out: Callable[[nn.Module], bool]) -> Attributes:
+    """Where the modules keep their buffers; a forward pass may make one."""
+    return [(m._buffers, dict(m._buffers)) for m in network.modules() if not left_out(m)]

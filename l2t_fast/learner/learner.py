@@ -57,7 +57,7 @@ class L2T(nn.Module):
         what, where: f and g, one for each pair; the meta-parameters φ.
         terms: nn.ModuleList of what `terms` made.
         sources, target: the networks themselves; `classes` of the target, `source_layers`, `target_layers`.
-        networks: how they are run. image_shape: (C, H, W) of the example.
+        source_networks, target_network: how they are run; `networks`: both. image_shape: (C, H, W) of the example.
 
     The networks are run as they are, not copied: training the learner trains the `target` given here, in the modes and
     with the hooks and settings that its modules have in that moment. A target that is in evaluation mode as a whole is
@@ -100,7 +100,7 @@ class L2T(nn.Module):
         target_network = Network(
             target, target_layers, example, role="target", output=True, logits=logits, layout=layouts[-1]
         )
-        self._tapped = [*source_networks, target_network]
+        self.source_networks, self.target_network = source_networks, target_network
         self.networks = Networks(source_networks, target_network)
         self.sources = nn.ModuleList(modules).requires_grad_(False)
         self.target = target
@@ -130,7 +130,7 @@ class L2T(nn.Module):
             for heads, head in ((self.what, what_head(what, C_s)), (self.where, where_head(where, C_s))):
                 if head is not None:
                     heads.append(head)
-        *of_sources, of_target = (Shapes(n.shapes, n.classes, n.hidden) for n in self._tapped)
+        *of_sources, of_target = (Shapes(n.shapes, n.classes, n.hidden) for n in (*source_networks, target_network))
         self.terms = nn.ModuleList(make(TermNetworks(tuple(of_sources), of_target)) for make in terms)
         for heads in (self.projections, self.what, self.where, self.terms):
             heads.to(example)
@@ -152,9 +152,11 @@ class L2T(nn.Module):
         Raises:
             L2TError: one cannot be traced, or its graph computes something else.
         """
+        if self.target_network.statistics_matter:
+            raise L2TError("the target reads running statistics in training mode, which graphs of it leave out.")
         like = next(self.projections.parameters(), next(self.target.parameters()))
         example = like.detach().new_zeros(2, *self.image_shape)
-        *sources, target = (trace(network, example) for network in self._tapped)
+        *sources, target = (trace(network, example) for network in (*self.source_networks, self.target_network))
         return Networks(sources, target, traced=True)
 
     def source_features(self, x: Tensor, networks: Networks | None = None) -> list[Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.layers.autograd import cast
-from l2t_fast.kernels.layers.twins import Twins, half_parameters
+from l2t_fast.kernels.layers.twins import BatchNorm2d, Twins, half_parameters, twin_of
+from l2t_fast.learner.direct import run_directly
 from l2t_fast.learner.hooks import gated_backward_hooks
 from l2t_fast.learner.pairs import Shape
 from l2t_fast.learner.places import Places
@@ -62,6 +63,8 @@ class Network:
         hidden: channels of what the last Linear reads; 0 without the output, or where it comes from something else.
         half: names of the parameters that are computed with in bfloat16 on bfloat16 images.
         parameters: the module's own, by name, each once.
+        statistics_matter: whether a pass in training mode reads BatchNorms' running statistics, or writes them past
+            the BatchNorm (`learner.reach` finds out): simulated passes then keep them like any other buffer.
 
     Raises:
         L2TError: see `find_taps`.
@@ -90,6 +93,7 @@ class Network:
         self.places = Places(module)
         self.parameters = self.places.parameters
         self._twins = Twins(module)
+        self.statistics_matter = False
 
     def run(
         self,
@@ -102,7 +106,7 @@ class Network:
         """One forward pass on images x [B, C, H, W].
 
         parameters, buffers: stand in the places of the network's own of these names; `buffers` then has what the pass
-        left there. In a simulated pass BatchNorms with batch statistics leave their running ones alone.
+        left there. In a simulated pass BatchNorms leave their running statistics alone (`leaves_alone`).
 
         Raises:
             L2TError: a tapped layer was not called, or its feature was overwritten in place later in the pass; the
@@ -116,8 +120,9 @@ class Network:
         try:
             with (
                 self.places.holding(parameters or {}, {} if buffers is None else buffers),
-                self._twins.taken(simulated=simulated),
+                self._twins.taken(simulated=simulated and not self.statistics_matter),
                 gated_backward_hooks(self.module),
+                run_directly(),
             ):
                 result = self.module(x)
         except _Enough:
@@ -133,6 +138,10 @@ class Network:
         logits = None if result is None else self.logits_of(result)
         features = self.as_maps(kept.features(self.role))
         return Outputs(features, logits, kept.read if logits is not None else None)
+
+    def leaves_alone(self, module: nn.Module) -> bool:
+        """Whether `module` leaves its buffers alone in simulated passes, and nothing reads them there."""
+        return not self.statistics_matter and twin_of(module) is BatchNorm2d
 
     def logits_of(self, result: Any) -> Tensor:
         """The logits [B, classes] in what the module returned."""

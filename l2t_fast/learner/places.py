@@ -1,17 +1,12 @@
 """Where a network looks up its parameters and buffers, so that other tensors can stand there for one pass."""
 
-import operator
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 Slot = tuple[Any, Any]  # a dictionary or list, and the key or index in it
-# Of a module: its __dict__, a copy of it, and copies of the lists, dictionaries and sets in it.
-Attributes = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
-MODULE_OWN = frozenset(vars(nn.Module()))  # attributes that every module has: its tensors, modules, hooks, mode
 
 
 class Places:
@@ -26,12 +21,19 @@ class Places:
         self.parameters: dict[str, Tensor] = dict(network.named_parameters())
         names = {id(p): name for name, p in self.parameters.items()}
         self._slots: dict[str, list[Slot]] = {name: [] for name in self.parameters}
+        self._holders: list[Slot] = []  # those lists and dictionaries beside the registered tensors
         for module in network.modules():
-            for value in list(module.__dict__.values()):
+            for attribute, value in list(module.__dict__.items()):
                 if isinstance(value, (list, dict)):
-                    for key, p in value.items() if isinstance(value, dict) else enumerate(value):
-                        if isinstance(p, Tensor) and id(p) in names:
-                            self._slots[names[id(p)]].append((value, key))
+                    found = [
+                        (names[id(p)], key)
+                        for key, p in (value.items() if isinstance(value, dict) else enumerate(value))
+                        if isinstance(p, Tensor) and id(p) in names
+                    ]
+                    for name, key in found:
+                        self._slots[name].append((value, key))
+                    if found and attribute != "_parameters":
+                        self._holders.append((module.__dict__, attribute))
 
     @contextmanager
     def holding(self, parameters: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> Iterator[None]:
@@ -39,7 +41,8 @@ class Places:
 
         On return `buffers` has what the pass left in their places.
         """
-        before: list[tuple[Any, Any, Any]] = []
+        # `nn.LSTM` makes its list anew of what stands in the places.
+        before: list[tuple[Any, Any, Any]] = [(holder, key, holder[key]) for holder, key in self._holders]
         placed = self._buffer_slots(buffers)
         try:
             for tensors, slots in ((parameters, self._slots), (buffers, placed)):
@@ -49,8 +52,8 @@ class Places:
                         holder[key] = tensor
             yield
             for name, slots_of in placed.items():
-                now = [holder[key] for holder, key in slots_of]
-                buffers[name] = next((t for t in now if t is not buffers[name]), buffers[name])
+                now = [holder.get(key) for holder, key in slots_of]
+                buffers[name] = next((t for t in now if t is not None and t is not buffers[name]), buffers[name])
         finally:
             for holder, key, value in reversed(before):
                 holder[key] = value
@@ -88,36 +91,3 @@ def buffers_of(network: nn.Module, left_out: Callable[[nn.Module], bool]) -> dic
                 seen.add(id(b))
                 found[f"{prefix}.{key}" if prefix else key] = b
     return found
-
-
-def read_attributes(network: nn.Module) -> Attributes:
-    """What the modules keep as Python attributes, which a forward pass may set, lists and the like one level deep.
-
-    Of PyTorch's own modules only those with hooks are asked: no forward pass of theirs sets any.
-    """
-    return [
-        (own, dict(own), {k: v.copy() for k, v in own.items() if type(v) in _CONTAINERS and k not in MODULE_OWN})
-        for own, asked in ((vars(m), not type(m).__module__.startswith("torch.nn.")) for m in network.modules())
-        if asked or own["_forward_hooks"] or own["_forward_pre_hooks"]
-    ]
-
-
-def set_attributes(attributes: Attributes) -> None:
-    """Puts back what `read_attributes` gave."""
-    for now, then, contents in attributes:
-        if now.keys() != then.keys() or any(now[key] is not value for key, value in then.items()):
-            for key in now.keys() - then.keys():
-                del now[key]
-            now.update(then)
-        for key, content in contents.items():
-            held = then[key]
-            if len(held) != len(content) or any(map(operator.is_not, _items(held), _items(content))):
-                held.clear()
-                held.extend(content) if isinstance(held, (list, deque)) else held.update(content)
-
-
-_CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict))
-
-
-def _items(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container

@@ -72,11 +72,18 @@ def unwrapped(module: nn.Module, role: str) -> nn.Module:
 
 
 def check_module(module: nn.Module, role: str) -> None:
-    """Raises L2TError for a network whose parameters are not there yet."""
+    """Raises L2TError for a network whose parameters are not there yet, or beyond the reach of Python."""
+    for name, inner in module.named_modules() if role == "target" else ():
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise L2TError(f"'{name}' of the {role} is a scripted module: put the Python module that it was made of.")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if is_lazy(tensor):
             raise L2TError(
                 f"'{name}' of the {role} has no shape yet (a lazy layer): run the network on one batch of images first."
+            )
+        if role == "target" and tensor.is_inference():
+            raise L2TError(
+                f"'{name}' of the {role} was made in inference mode, so it cannot be trained: make it outside."
             )
 
 

@@ -4,31 +4,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from l2t_fast.learner.attributes import apart, read_attributes, read_hooks, set_attributes
 from l2t_fast.learner.generators import generators_kept
 
 
 @contextmanager
 def undisturbed(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts back what forward passes may change: values and places of tensors, attributes, modes, the generators."""
-    modules = [*network.modules()]
-    attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
-    tensors = [*network.parameters(), *network.buffers()]
-    tensors += [value for m in modules for value in vars(m).values() if isinstance(value, Tensor)]
-    values = [t.detach().clone() for t in tensors]
+    """Puts parameters, buffers, modes, hooks, attributes and the random generators back to where they were."""
+    attributes = read_attributes(network)
+    kept = [t for m in network.modules() for t in (m._buffers, m._parameters, m._modules)]
+    tables = [(t, dict(t)) for t in kept if isinstance(t, dict)]  # not those of scripted modules
+    tables += read_hooks(network)
+    held = [(t, t.data, t.detach().clone()) for t in (*network.parameters(), *network.buffers())]
     try:
-        with generators_kept(device):
+        set_attributes(apart(attributes))
+        with modes_kept(network), generators_kept(device):
             yield
     finally:
-        for m, own, buffers in attributes:
-            m._buffers.clear()
-            m._buffers.update(buffers)
-            vars(m).clear()
-            vars(m).update(own)
-        for t, value in zip(tensors, values, strict=True):
-            if not torch.equal(t, value):
-                t.data.copy_(value)
+        set_attributes(attributes)
+        set_attributes(tables)
+        for tensor, data, value in held:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
 
 
 @contextmanager
