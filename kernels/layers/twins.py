@@ -43,9 +43,8 @@ class Twins:
         for layer in network.modules():
             if (twin := twin_of(layer)) is not None:
                 simulated = BatchStatistics2d if twin is BatchNorm2d else twin
-                self._layers.append(
-                    (layer, twin, MethodType(twin.forward, layer), MethodType(simulated.forward, layer))
-                )
+                real_forward, simulated_forward = (MethodType(_lent(kind), layer) for kind in (twin, simulated))
+                self._layers.append((layer, twin, real_forward, simulated_forward))
 
     @contextmanager
     def taken(self, *, simulated: bool) -> Iterator[None]:
@@ -64,6 +63,19 @@ class Twins:
         finally:
             for own in taken:
                 del own["forward"]
+
+
+def _lent(twin: type[nn.Module]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The twin's forward pass; the layer's under a network's own vmap or jvp, for which twins have no rule."""
+    forward: Callable[[nn.Module, Tensor], Tensor] = twin.forward
+
+    def lent(layer: nn.Module, input: Tensor) -> Tensor:
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return forward(layer, input)
+        plain: Tensor = type(layer).forward(layer, input)
+        return plain
+
+    return lent
 
 
 def replace_layers(network: nn.Module) -> None:

@@ -45,6 +45,8 @@ class Places:
         before: list[tuple[Any, Any, Any]] = [(holder, key, holder[key]) for holder, key in self._holders]
         placed = self._buffer_slots(buffers)
         try:
+            for tensor in parameters.values():
+                tensor._is_param = True  # `isinstance(w, nn.Parameter)` holds, as for the one that it stands in for
             for tensors, slots in ((parameters, self._slots), (buffers, placed)):
                 for name, tensor in tensors.items():
                     for holder, key in slots[name]:

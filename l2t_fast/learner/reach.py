@@ -68,6 +68,7 @@ def _pass(network: Network, x: Tensor, names: Sequence[str], poisoned: Sequence[
             network.parameters[name].data.fill_(torch.nan)
         buffers = {name: buffer.clone() for name, buffer in network.module.named_buffers()}
         places = {name: p.data_ptr() for name, p in stand_ins.items()}
+        frozen = _frozen(network)
         outputs = network.run(x, stand_ins, buffers)
         if made := dict(network.module.named_parameters()).keys() - network.parameters.keys():
             raise L2TError(
@@ -81,6 +82,7 @@ def _pass(network: Network, x: Tensor, names: Sequence[str], poisoned: Sequence[
         for name, p in stand_ins.items():
             if p.data_ptr() != places[name]:
                 raise _written(name, network.role)
+        _check_frozen(frozen, network.role)
         squares = [y.abs().square().mean() for y in ends]
         try:
             with sweeping():  # hooks may have consequences of their own
@@ -151,13 +153,32 @@ def _check_unwritten(network: Network, x: Tensor, names: Sequence[str]) -> None:
         large: Mapping[str, Tensor] = {name: _SCALE * network.parameters[name].detach() for name in names}
         stand_ins = {name: p.clone().requires_grad_() for name, p in large.items()}
         buffers = {name: buffer.clone() for name, buffer in network.module.named_buffers()}
+        frozen = _frozen(network)
         try:
             network.run(x, stand_ins, buffers)
         except Exception:  # whatever a network may raise on such values
             return
+        _check_frozen(frozen, network.role)
         for name, p in stand_ins.items():
             if not torch.equal(p.detach(), large[name]):
                 raise _written(name, network.role)
+
+
+_Frozen = dict[str, tuple[Tensor, int, Tensor]]  # by name: the parameter, where its data lie, a copy
+
+
+def _frozen(network: Network) -> _Frozen:
+    frozen = {name: p for name, p in network.parameters.items() if not p.requires_grad}
+    return {name: (p, p.data_ptr(), p.detach().clone()) for name, p in frozen.items()}
+
+
+def _check_frozen(frozen: _Frozen, role: str) -> None:
+    """Raises L2TError for a parameter that the forward pass has written to: its simulated values would stay."""
+    for name, (p, data, value) in frozen.items():
+        if p.data_ptr() != data or not torch.equal(p, value):
+            raise L2TError(
+                f"parameter '{name}' of the {role} is frozen, but written to in its forward pass: make it a buffer."
+            )
 
 
 def _written(name: str, role: str) -> L2TError:

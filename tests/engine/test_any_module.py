@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from tests.engine.users import WAYS, assert_same_training, net, ways
@@ -231,6 +231,16 @@ def knows_classes(m: Any, x: Tensor) -> Tensor:
     return m.c(x) * m.p if type(m.c) is nn.Conv2d else x
 
 
+def asks_for_parameters(m: Any, x: Tensor) -> Tensor:
+    doubled = 2 if isinstance(m.p, nn.Parameter) and dict(m.named_parameters())["p"] is m.p else 1
+    return m.c(x) * m.get_parameter("p") * doubled
+
+
+def parameter_containers(m: Any) -> None:
+    m.listed = nn.ParameterList([torch.randn(4, 1, 1), torch.randn(4, 1, 1)])
+    m.named = nn.ParameterDict({"a": torch.randn(4, 1, 1)})
+
+
 def in_plain_lists(m: Any) -> None:
     m.layers, m.unregistered = [m.c, m.c], (nn.Conv2d(4, 4, 1).double(),)
 
@@ -291,6 +301,11 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     ),
     "knows_classes": runs(knows_classes),
     "plain lists": runs(lambda m, x: m.unregistered[0](m.layers[1](m.layers[0](x))) * m.p, in_plain_lists),
+    "asks for parameters": runs(asks_for_parameters),
+    "ParameterList": runs(lambda m, x: m.c(x) * m.listed[0] + m.listed[1] * m.named["a"], parameter_containers),
+    "pruned": lambda: prune.random_unstructured(nn.Conv2d(4, 4, 3, padding=1), "weight", 0.5),
+    "vmap": runs(lambda m, x: torch.func.vmap(lambda z: m.c(z[None])[0])(x) * m.p),
+    "jvp": runs(lambda m, x: x + torch.func.jvp(m.c, (x,), (x * m.p,))[1]),
     "LSTM": recurrent(nn.LSTM),
     "GRU": recurrent(nn.GRU),
     "attention": runs(attention, with_attention),

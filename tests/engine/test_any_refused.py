@@ -204,6 +204,16 @@ def replaced(m: Any, x: Tensor) -> Tensor:
     return m.c(x) * m.p
 
 
+def teacher(m: Any) -> None:
+    m.teacher = copy.deepcopy(m.c).requires_grad_(False)
+
+
+def follows(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        m.teacher.weight.lerp_(m.c.weight, 0.1)
+    return m.c(x) + m.teacher(x)
+
+
 def made_late(m: Any, x: Tensor) -> Tensor:
     if m.late is None:
         m.late = nn.Conv2d(4, 4, 1).double()
@@ -229,6 +239,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "state of a class": (lambda: net(Counts()), "the target computes something else each time"),
     "clamped": (lambda: net(runs(clamped)()), r"parameter '2\.p' of the target is written to in its forward pass"),
     "replaced": (lambda: net(runs(replaced)()), r"parameter '2\.p' of the target is written to in its forward pass"),
+    "frozen and written to": (
+        lambda: net(runs(follows, teacher)()),
+        r"parameter '2\.teacher\.weight' of the target is frozen, but written to",
+    ),
     "made late": (
         lambda: net(runs(made_late, lambda m: setattr(m, "late", None))()),
         r"parameter '2\.late\.bias' of the target is made in its forward pass: run the network",
