@@ -19,7 +19,7 @@ class Buffers:
         self._network = network
         self._tables = _tables(network, left_out)
         self._held = [
-            (table, key, buffer, buffer.clone(), buffer._version)
+            (table, key, buffer, _copy(buffer), buffer._version)
             for table, held in self._tables
             for key, buffer in held.items()
             if buffer is not None
@@ -107,6 +107,11 @@ class Simulated:
         set_attributes(self._attributes)
         set_attributes(self._hooks)
         self._own.put_back()
+
+
+def _copy(buffer: Tensor) -> Tensor:
+    """Of what a graph that is being captured does, nothing has happened yet that could be put back."""
+    return buffer if buffer.is_cuda and torch.cuda.is_current_stream_capturing() else buffer.clone()
 
 
 def _tables(network: nn.Module, left_out: Callable[[nn.Module], bool]) -> Attributes:

@@ -5,8 +5,9 @@
 - What the user compiled with `torch.compile` has a first derivative only: here its Python runs.
 """
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def run_directly() -> Iterator[None]:
     before = {name: getattr(checkpoint, name) for name in _INSTEAD}
     try:
         vars(checkpoint).update(_INSTEAD)
-        with torch.compiler.set_stance("force_eager"):
+        # Dynamo takes seconds to load; what has not loaded it has compiled nothing.
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
         vars(checkpoint).update(before)

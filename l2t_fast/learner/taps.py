@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def unwrapped(module: nn.Module, role: str) -> nn.Module:
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module
-        elif isinstance(module, torch._dynamo.OptimizedModule):
+        elif "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule):
             module = module._orig_mod
         elif isinstance(module, torch.jit.ScriptModule):
             raise L2TError(f"the {role} is a scripted module: give the Python module that it was made of.")
