@@ -14,10 +14,9 @@ from time import perf_counter
 
 from benchmarks.report.markdown import write
 from benchmarks.rows import append, begin, say
+from l2t_fast.environment import PATIENT
 
 ROOT = Path(__file__).parents[1]
-# On a busy CPU a thread that spins while it waits takes the core of the one it waits for: milliseconds become seconds.
-PATIENT = {"OMP_WAIT_POLICY": "passive"}
 SWEEP = ("--sweep", "1", "4", "8", "16")  # T
 
 

@@ -26,9 +26,11 @@ METHODS = (
 )
 LEARNING = frozenset({"l2t-w-single", "l2t-w-one-to-one", "l2t-ww"})
 
-# Data sets and the side of their images.
+# Data sets and the side of their images; those in RESIZED take another one.
 SMALL, LARGE = 32, 224
 DATASETS = {
     **dict.fromkeys(("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "tinyimagenet"), SMALL),
     **dict.fromkeys(("cub200", "mit67", "stanford40", "stanford-dogs", "folder"), LARGE),
+    "npz": SMALL,  # in whatever size its file has; as for small images is what a run does by itself
 }
+RESIZED = ("folder", "npz")

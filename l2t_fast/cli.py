@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from l2t_fast.environment import be_patient
 from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
 
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "inspect": inspect,
         "bench": bench,
     }
+    be_patient()
     try:
         if given[:1] == ["bench"]:  # its arguments are its own
             run_bench(given[1:])

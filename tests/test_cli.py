@@ -55,6 +55,25 @@ print(*{{"torch", "torchvision", "matplotlib", "scipy"}}.intersection(sys.module
     assert done.stderr.strip() == ""
 
 
+@pytest.mark.parametrize("given", [None, "active"])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given: str | None) -> None:
+    """It is read when torch is loaded: the environment must say so before."""
+    script = """
+import os, sys
+from l2t_fast import cli
+def seen(config, console):
+    assert "torch" not in sys.modules
+    print(os.environ["OMP_WAIT_POLICY"])
+import types
+sys.modules["l2t_fast.runs.run"] = types.SimpleNamespace(run=seen)
+cli.main(["train"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == (given or "passive")
+
+
 def test_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Source training, both methods, two seeds, table and pictures, on a short schedule."""
     train(tmp_path, "--name", "job", "--epochs", "2", "--seeds", "0", "1")

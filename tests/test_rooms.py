@@ -18,7 +18,7 @@ FLOORS = [
     ["engine"],
     ["learner", "data"],
     ["kernels", "networks", "files", "reference"],
-    ["choices", "errors"],
+    ["choices", "environment", "errors"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 Imports = dict[str, set[str]]  # module -> the modules of the project that it imports

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,11 @@ from l2t_fast.errors import L2TError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAD = 4  # zero border of the random crop of small images
 LabelledBatch = tuple[Tensor, Tensor]
+
+_Transform = Callable[[Any], Any]  # of an image
+_Key = tuple[int, ...] | None
+_FLOAT = (transforms.ToTensor(), transforms.Normalize(MEAN, STD))
+_DECODED = 64  # images that a process hands over at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +62,15 @@ class ImageSet(ABC):
     @abstractmethod
     def select(self, indices: Tensor, labels: Tensor, augment: bool) -> ImageSet:
         """The images at `indices` (int64 [K]) with these labels (int64 [K])."""
+
+    @abstractmethod
+    def resized(self, size: int) -> TensorSet:
+        """The same images at size x size, in memory."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, H, W) of a batch's images."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> ImageSet:
@@ -104,6 +119,19 @@ class TensorSet(ImageSet):
     def select(self, indices: Tensor, labels: Tensor, augment: bool) -> TensorSet:
         return TensorSet(labels=labels, augment=augment, images=self.images[indices], flip=self.flip)
 
+    def resized(self, size: int) -> TensorSet:
+        if self.images.shape[2:] == (size, size):
+            return self
+        images = self.images.new_empty(len(self), self.images.shape[1], size, size)
+        for begin in range(0, len(self), 1024):
+            now = slice(begin, begin + 1024)
+            images[now] = F.interpolate(self.images[now], size=size, mode="bilinear", antialias=True)
+        return dataclasses.replace(self, images=images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.images.shape[2], self.images.shape[3]
+
     def to(self, device: torch.device | str) -> TensorSet:
         return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
@@ -123,25 +151,43 @@ class FolderSet(ImageSet):
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[LabelledBatch]:
         order = torch.randperm(len(self), generator=keyed_generator(ORDER, seed, epoch))  # [N]
         key = (AUGMENTATION, seed, epoch) if self.augment else None
-        batches = self._load(order[self._span(batch_size, start)], batch_size, start * batch_size, key)
+        size = self.size
+        shape = (
+            [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()] if self.augment else _centre(size)
+        )
+        span = self._span(batch_size, start)
+        batches = self._load(order[span], [*shape, *_FLOAT], batch_size, start * batch_size, key)
         return _beside(batches, self.labels.device)
 
     def eval_batches(self, batch_size: int) -> Iterator[LabelledBatch]:
-        return self._load(torch.arange(len(self)), batch_size, 0, None)
+        return self._load(torch.arange(len(self)), [*_centre(self.size), *_FLOAT], batch_size)
 
     def select(self, indices: Tensor, labels: Tensor, augment: bool) -> FolderSet:
         paths = [self.paths[i] for i in indices.tolist()]
         return dataclasses.replace(self, paths=paths, labels=labels, augment=augment)
 
+    def resized(self, size: int) -> TensorSet:
+        images = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
+        shape = [transforms.Resize((size, size)), transforms.PILToTensor()]
+        for i, (x, _) in enumerate(self._load(torch.arange(len(self)), shape, _DECODED)):
+            images[i * _DECODED : (i + 1) * _DECODED] = x
+        return TensorSet(labels=self.labels, augment=self.augment, images=images, flip=True)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.size, self.size
+
     def to(self, device: torch.device | str) -> FolderSet:
         return dataclasses.replace(self, labels=self.labels.to(device))
 
-    def _load(self, order: Tensor, batch_size: int, first: int, key: tuple[int, ...] | None) -> Iterator[LabelledBatch]:
+    def _load(
+        self, order: Tensor, shape: Sequence[_Transform], batch_size: int, first: int = 0, key: _Key = None
+    ) -> Iterator[LabelledBatch]:
         device = self.labels.device
         labels = self.labels.tolist()
         samples = [(self.paths[i], labels[i]) for i in order.tolist()]
         loader = DataLoader(
-            _Files(samples, self.size, first, key),
+            _Files(samples, shape, first, key),
             batch_size=batch_size,
             num_workers=self.workers,
             pin_memory=device.type == "cuda",
@@ -176,19 +222,16 @@ def _beside(batches: Iterator[LabelledBatch], device: torch.device) -> Iterator[
         yield batch
 
 
-class _Files(Dataset[tuple[Tensor, int]]):
-    """Decoded images; with a key, augmented at random by (key, first + index) alone."""
+def _centre(size: int) -> list[_Transform]:
+    return [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
 
-    def __init__(self, samples: list[tuple[str, int]], size: int, first: int, key: tuple[int, ...] | None) -> None:
+
+class _Files(Dataset[tuple[Tensor, int]]):
+    """Decoded images, put into `shape`; with a key, at random by (key, first + index) alone."""
+
+    def __init__(self, samples: list[tuple[str, int]], shape: Sequence[_Transform], first: int, key: _Key) -> None:
         self.samples, self.first, self.key = samples, first, key
-        shape = (
-            [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
-            if key is None
-            else [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-        )
-        self.transform = transforms.Compose(
-            [*shape, transforms.ToTensor(), transforms.Normalize(MEAN, STD)],
-        )
+        self.transform = transforms.Compose(shape)
 
     def __len__(self) -> int:
         return len(self.samples)

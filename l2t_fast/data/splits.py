@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from l2t_fast.choices import DATASETS
+from l2t_fast.choices import DATASETS, LARGE, RESIZED
 from l2t_fast.data.images import FolderSet, ImageSet, TensorSet
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.readers.catalogue import READERS, read_dataset
 from l2t_fast.data.readers.layout import Labelled
 from l2t_fast.data.streams import PER_CLASS, TEST, VALIDATION, keyed_generator
 from l2t_fast.errors import L2TError
+
+_MOST = 4 * 2**30  # bytes of resized images
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,15 @@ class Data:
 def load_data(config: DataConfig, seed: int) -> Data:
     """The data set that `config` names, split; `seed` chooses only the `per_class` images.
 
-    Validation is a fixed stratified part of the training set, the same for every seed; limited data are drawn from
-    what is left of it (validation is limited likewise), and fewer images per class are a subset of more. Only the
-    training part is augmented.
+    Validation is what the data set itself has for it, or else a fixed stratified part of the training set, the same
+    for every seed; limited data are drawn from what is left of it (validation is limited likewise), and fewer images
+    per class are a subset of more. Only the training part is augmented. Images are resized after they are chosen.
 
-    Raises L2TError when the data set is unknown, missing or damaged, or has not the classes, images or split asked
-    for.
+    Raises L2TError when the data set is unknown, missing or damaged, has not the classes, images or split asked for,
+    or does not fit in memory at the size asked for.
     """
     _check(config)
-    train, test, num_classes = whole_sets(config)
+    train, test, num_classes, held_out = whole_sets(config)
     if config.split is not None:
         classes, train_part, val_part, test_part = _read_split(config.split, train.labels, test.labels)
     else:
@@ -49,9 +51,13 @@ def load_data(config: DataConfig, seed: int) -> Data:
         if not all(0 <= c < num_classes for c in classes):
             raise L2TError(f"{config.dataset} has classes 0 to {num_classes - 1}; choose classes among them.")
         pool, test_part = (torch.isin(s.labels, torch.tensor(classes)).nonzero()[:, 0] for s in (train, test))
-        val_part, train_part = _draw(
-            train.labels, pool, classes, lambda n: max(0, min(round(config.val_fraction * n), n - 1)), VALIDATION
-        )
+        if held_out is not None:
+            own = pool < len(train) - held_out
+            val_part, train_part = pool[~own], pool[own]
+        else:
+            val_part, train_part = _draw(
+                train.labels, pool, classes, lambda n: max(0, min(round(config.val_fraction * n), n - 1)), VALIDATION
+            )
     if config.per_class is not None:
         k = config.per_class
         for c in classes:
@@ -67,16 +73,23 @@ def load_data(config: DataConfig, seed: int) -> Data:
     relabel = torch.full((max(num_classes, max(classes) + 1),), -1)
     relabel[list(classes)] = torch.arange(len(classes))
 
-    def part(images: ImageSet, indices: Tensor, augment: bool) -> ImageSet:
-        return images.select(indices, relabel[images.labels[indices]], augment)
+    size = config.image_size
+    if size is not None and config.dataset == "folder" and size >= LARGE:
+        size = None  # its images stay in files
+    if size is not None:
+        _check_memory(config.dataset, len(train_part) + len(val_part) + len(test_part), size)
 
-    size = DATASETS[config.dataset]
+    def part(images: ImageSet, indices: Tensor, augment: bool) -> ImageSet:
+        chosen = images.select(indices, relabel[images.labels[indices]], augment)
+        return chosen if size is None else chosen.resized(size)
+
+    for_training = part(train, train_part, augment=True)
     return Data(
-        train=part(train, train_part, augment=True),
+        train=for_training,
         val=part(train, val_part, augment=False),
         test=part(test, test_part, augment=False),
         num_classes=len(classes),
-        image_shape=(3, size, size),
+        image_shape=for_training.image_shape,
     )
 
 
@@ -94,10 +107,26 @@ def _check(config: DataConfig) -> None:
         raise L2TError(f"val_fraction must be at least 0 and less than 1, not {config.val_fraction}.")
     if config.workers < 0:
         raise L2TError(f"workers must be at least 0, not {config.workers}.")
+    if config.image_size is not None and config.dataset not in RESIZED:
+        raise L2TError(
+            f"{config.dataset} has images of one size; leave out image_size, which {' and '.join(RESIZED)} have."
+        )
+    if config.image_size is not None and config.image_size < 8:
+        raise L2TError(f"image_size must be at least 8, not {config.image_size}.")
 
 
-def whole_sets(config: DataConfig) -> tuple[ImageSet, ImageSet, int]:
-    """The whole training set, the whole test set, and the number of classes."""
+def _check_memory(name: str, count: int, size: int) -> None:
+    """Raises L2TError where so many images, uint8 [3, size, size], are more than is kept in memory."""
+    if (needed := count * 3 * size**2) > _MOST:
+        raise L2TError(
+            f"{count} images of {name} at {size} x {size} take {needed / 2**30:.1f} GiB of memory, more than the "
+            f"{_MOST / 2**30:.0f} allowed; give a smaller image_size, or take fewer images."
+        )
+
+
+def whole_sets(config: DataConfig) -> tuple[ImageSet, ImageSet, int, int | None]:
+    """The whole training set, the whole test set, the number of classes, and how many of the last training images are
+    for validation, None where the data set does not say."""
     train, test, num_classes = read_dataset(config.dataset, config.data_root, config.download)
     if test is None:  # half of each class, drawn once and for all
         test_part, train_part = _draw(
@@ -109,9 +138,10 @@ def whole_sets(config: DataConfig) -> tuple[ImageSet, ImageSet, int]:
     def images(part: Labelled, augment: bool) -> ImageSet:
         if isinstance(part.images, Tensor):
             return TensorSet(part.labels, augment, images=part.images, flip=READERS[config.dataset].flip)
-        return FolderSet(part.labels, augment, paths=part.images, size=DATASETS[config.dataset], workers=config.workers)
+        size = config.image_size or DATASETS[config.dataset]
+        return FolderSet(part.labels, augment, paths=part.images, size=size, workers=config.workers)
 
-    return images(train, augment=True), images(test, augment=False), num_classes
+    return images(train, augment=True), images(test, augment=False), num_classes, train.held_out
 
 
 def _read_split(prefix: str, train: Tensor, test: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from l2t_fast.errors import L2TError
 # Depths 6n + 2 of He et al. 2016, section 4.2, without those that name a torchvision network (18, 34, 50, ...).
 CIFAR_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110)}
 VGG9 = ((64,), (128,), (256, 256), (512, 512), (512, 512))  # channels; a max-pool ends each group
+VGG9_SIDE = 2 ** len(VGG9)  # pixels that its images have at least
 
 
 class CifarResNet(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from l2t_fast.reports.published import published
+from l2t_fast.reports.published import Numbers, Published, published
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.log import read_epochs
 
@@ -26,14 +26,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One target: its cells, what the paper has for it (method: mean, std in %), the epoch lines of its methods.
+    """One target: its cells, what the paper has for it and where, the epoch lines of its methods.
 
     Columns of one `group` (not "") differ in `per_class` alone, training images a class, None for all of them.
     """
 
     title: str
     cells: Sequence[Cell]
-    published: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    published: Numbers = field(default_factory=dict)
+    published_in: str = Published({}).place
     curves: Mapping[str, Sequence[Epochs]] = field(default_factory=dict)
     per_class: int | None = None
     group: str = ""
@@ -51,12 +52,13 @@ def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column
             cells.append(Cell(method, seed, result, why))
             if result:
                 curves.setdefault(method, []).append(read_epochs(path.with_name("metrics.jsonl")))
-    limit = config.data.per_class
+    limit, paper = config.data.per_class, published(config)
     group = f"{config.data.dataset}, {config.target.target}"
     return Column(
         title=group if limit is None else f"{group}, {limit} per class",
         cells=cells,
-        published=published(config),
+        published=paper.numbers,
+        published_in=paper.place,
         curves=curves,
         per_class=limit,
         group=group,

@@ -105,6 +105,7 @@ class Summary:
     baseline: str | None  # the best one
     per_class: int | None
     group: str
+    published_in: str
 
     def leads(self, standing: Standing) -> bool:
         """Whether no method of the column has a higher mean."""
@@ -140,7 +141,7 @@ def summarize(column: Column, methods: Sequence[str]) -> Summary:
         )
         for method in methods
     ]
-    return Summary(column.title, metric, standings, baseline, column.per_class, column.group)
+    return Summary(column.title, metric, standings, baseline, column.per_class, column.group, column.published_in)
 
 
 def sweep_groups(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:

@@ -157,7 +157,7 @@ def _remarks(summary: Summary) -> list[str]:
         remarks.append("Of epochs with the same validation accuracy the first counts.")
     remarks.append("Seconds are those of trainings that may have run side by side.")
     if any(standing.published for standing in summary.standings):
-        remarks.append("Published: the paper's Table 1 (arXiv 1905.05901), three runs.")
+        remarks.append(f"Published: {summary.published_in}.")
     return remarks
 
 

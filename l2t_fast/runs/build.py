@@ -14,7 +14,7 @@ from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import find_method
-from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.architectures import VGG9_SIDE, build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.networks.weights import checkpoint_classes, load_weights
 from l2t_fast.settings.options import EngineOptions, TrainConfig
@@ -107,6 +107,12 @@ def make_learner(
     method, part = find_method(name, config.settings), config.target
     assert part.target is not None
     assert part.target_width is not None
+    names = (part.target, *(config.source.source or () if sources else ()))
+    if "vgg9_bn" in names and min(data.image_shape[1:]) < VGG9_SIDE:
+        raise L2TError(
+            f"vgg9_bn needs images of {VGG9_SIDE} x {VGG9_SIDE} or more, not {data.image_shape[1]} x "
+            f"{data.image_shape[2]}: give --image-size {VGG9_SIDE}, or another network."
+        )
     torch.manual_seed(seed)
     target = build_model(part.target, data.num_classes, part.target_width).to(device)
     for source in sources:

@@ -115,13 +115,18 @@ def in_order(methods: Collection[str]) -> tuple[str, ...]:
 
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
-    """Of what the settings only point at, the SHA-256: weights of sources, split files; of a folder its place."""
+    """Of what the settings only point at, the SHA-256: weights of sources, split files, npz; of a folder its place."""
     weights = [split_prefix(name)[0] for name in config.source.source_weights or () if name != "imagenet"]
     splits = [Path(f"{config.data.split}-{part}") for part in ("train", "val", "test")] if config.data.split else []
     found = {
         f"{kind} {i + 1}": hashlib.sha256(path.expanduser().read_bytes()).hexdigest()
-        for kind, paths in (("source-weights", weights if uses_sources(config) else []), ("split", splits))
+        for kind, paths in (
+            ("source-weights", weights if uses_sources(config) else []),
+            ("split", splits),
+            ("data-root", [config.data.data_root] if config.data.dataset == "npz" else []),
+        )
         for i, path in enumerate(paths)
+        if path.expanduser().is_file()  # what is missing the preflight refuses
     }
     if config.data.dataset == "folder":
         found["data-root"] = str(config.data.data_root.expanduser().resolve())

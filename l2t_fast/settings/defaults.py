@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from l2t_fast.choices import DATASETS, LARGE, METHODS
+from l2t_fast.choices import DATASETS, LARGE, METHODS, SMALL
 from l2t_fast.errors import L2TError
 from l2t_fast.settings.options import SourceConfig, TrainConfig
 
@@ -41,7 +41,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "lr": 0.03,
         "meta_lr": 1e-3,
     },
-    **{name: _LARGE for name, side in DATASETS.items() if side == LARGE},
     "stanford40": {**_LARGE, "meta_lr": 1e-3},  # as the authors told (github.com/alinlab/L2T-ww/issues/4)
 }
 
@@ -55,7 +54,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     source = config.source
     if source.source_weights is not None and (source.source_classes or source.source_epochs):
         raise L2TError("a source with --source-weights is not trained: leave out --source-classes and --source-epochs.")
-    defaults = dict(_DEFAULTS.get(config.data.dataset, _SMALL))
+    side = config.data.image_size or DATASETS.get(config.data.dataset, SMALL)
+    defaults = dict(_DEFAULTS.get(config.data.dataset, _LARGE if side >= LARGE else _SMALL))
     # Some defaults belong to another: the classes of the source to those of the target, a width to its network.
     if config.data.classes is not None:
         defaults.pop("source_classes", None)

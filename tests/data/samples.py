@@ -64,6 +64,18 @@ def write_cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple
     return images.reshape(-1, 3, 32, 32), labels
 
 
+def write_npz(path: Path, channels: int = 1, column: bool = True) -> dict[str, np.ndarray[Any, Any]]:
+    """A miniature as MedMNIST has them, 18, 9 and 10 images of 12 x 12 and three classes; returns its arrays."""
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for i, (part, n) in enumerate({"train": 18, "val": 9, "test": 10}.items()):
+        shape = (n, 12, 12) if channels == 1 else (n, 12, 12, channels)
+        labels = np.arange(n, dtype=np.uint8) * 7 % 3
+        arrays[f"{part}_images"] = rng(i).integers(0, 256, shape, dtype=np.uint8)
+        arrays[f"{part}_labels"] = labels[:, None] if column else labels
+    np.savez(path, **arrays)
+    return arrays
+
+
 def write_tinyimagenet(root: Path) -> tuple[list[Path], list[Path]]:
     """A miniature in the real layout; the training and test images, by class and then by name."""
     home = root / "tiny-imagenet-200"

@@ -117,7 +117,7 @@ def test_authors_splits(
         return TensorSet(labels=index % num_classes, augment=True, images=pixels, flip=False)
 
     train, test = map(numbered, totals)
-    monkeypatch.setattr("l2t_fast.data.splits.whole_sets", lambda *_: (train, test, num_classes))
+    monkeypatch.setattr("l2t_fast.data.splits.whole_sets", lambda *_: (train, test, num_classes, None))
     data = load_data(DataConfig(split=str(SHARED / "official/split" / name)), seed=0)
     parts = (data.train, data.val, data.test)
     assert data.num_classes == num_classes

@@ -84,6 +84,8 @@ def test_the_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
     assert lines_of(text, "l2t-ww")[0][5] == "70.96 ± 0.61"
     assert lines_of(text, "scratch")[0][5] == "–"
     assert "Published: the paper's Table 1 (arXiv 1905.05901), three runs." in text
+    write_tables(tmp_path, "run", [column(published={"l2t-ww": (1.0, 0.0)}, published_in="another table")], METHODS)
+    assert "Published: another table." in (tmp_path / "table.md").read_text()
     write_tables(tmp_path, "run", [column()], METHODS)
     assert "Published" not in (tmp_path / "table.md").read_text()
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from l2t_fast.data.options import DataConfig
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.runs.build import build_sources
 from l2t_fast.runs.folder import fingerprints
@@ -24,3 +25,14 @@ def test_two_sources_from_one_file(tmp_path: Path) -> None:
     for built, network in zip(build_sources(config), networks, strict=True):
         torch.testing.assert_close(built.state_dict(), network.state_dict(), rtol=0, atol=0)
     assert len(set(fingerprints(config).values())) == 1
+
+
+def test_an_npz_file_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    config = TrainConfig(method=("scratch",), data=DataConfig("npz", data_root=tmp_path / "a.npz"))
+    assert fingerprints(config) == {}  # the preflight says that it is missing
+    found = []
+    for content in (b"one", b"two"):
+        (tmp_path / "a.npz").write_bytes(content)
+        found.append(fingerprints(config))
+    assert [list(names) for names in found] == [["data-root 1"]] * 2
+    assert found[0] != found[1]

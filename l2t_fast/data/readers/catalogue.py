@@ -8,6 +8,7 @@ from pathlib import Path
 from torchvision import datasets
 
 from l2t_fast.data.readers.layout import DamagedError, Labelled, Reader, first_line
+from l2t_fast.data.readers.npz import npz
 from l2t_fast.data.readers.photographs import cub200, image_folder, mit67, photographs, stanford40, stanford_dogs
 from l2t_fast.data.readers.small import both_parts, cifar, digits, fashion, stl10
 from l2t_fast.data.readers.tinyimagenet import URL, tinyimagenet
@@ -55,6 +56,7 @@ READERS: dict[str, Reader] = {
         "train/CLASS/IMAGE.jpg and test/CLASS/IMAGE.jpg",
     ),
     "folder": Reader(image_folder, num_classes=0),
+    "npz": Reader(npz, num_classes=0),
 }
 
 

@@ -17,10 +17,14 @@ from l2t_fast.errors import L2TError
 
 
 class Labelled(NamedTuple):
-    """A training or a test set. labels: int64 [N]; images: uint8 [N, C, H, W] with C = 1 or 3, or N paths."""
+    """A training or a test set. labels: int64 [N]; images: uint8 [N, C, H, W] with C = 1 or 3, or N paths.
+
+    held_out: so many, its last ones, are for validation; None where the data set does not say.
+    """
 
     labels: Tensor
     images: Tensor | list[str]
+    held_out: int | None = None
 
 
 TrainTest = tuple[Labelled, Labelled | None]  # for training and for testing
