@@ -1,4 +1,7 @@
-"""The command line `l2t-fast`."""
+"""The command line `l2t-fast`.
+
+Exit codes: 0 done; 2 bad input; 3 the machine would not, as with a full disk; 130 stopped and saved.
+"""
 
 import subprocess
 import sys
@@ -69,7 +72,7 @@ def run_bench(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 2 on bad input, 130 when interrupted."""
+    """Entry point; exits with the codes above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[..., None]] = {
         "train": train,
@@ -85,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(commands, prog="l2t-fast", args=given)
     except L2TError as error:
         Console(stderr=True).print(f"l2t-fast: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(error.status)
     except Interrupted:
         Console(stderr=True).print(
             "stopped and saved: the same command goes on, `train` and `pretrain` with --resume and the same --name",

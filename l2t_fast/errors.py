@@ -1,15 +1,23 @@
-"""The one exception that bad input raises, and the one of who was asked to stop."""
+"""The exceptions that bad input and a machine in the way raise, and the one of who was asked to stop."""
 
 
 class L2TError(ValueError):
     """Bad input, said in one sentence: what is wrong and what to do.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with `status`.
     """
+
+    status = 2
 
 
 class UnfitError(L2TError):
     """The method cannot be had with these networks, though others can."""
+
+
+class MachineError(L2TError):
+    """The input is good, but the machine would not: a full disk, a folder that may not be written."""
+
+    status = 3
 
 
 class Interrupted(Exception):

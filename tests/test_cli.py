@@ -134,6 +134,7 @@ def test_interrupt_saves_and_resume_goes_on(tmp_path: Path) -> None:
 def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = ["--runs", str(tmp_path)]
     (tmp_path / "old").mkdir()
+    (tmp_path / "old/something").touch()
     assert "old exists already: give another --name, or go on with it by --resume" in refused(
         capsys, *runs, "--name", "old"
     )

@@ -44,8 +44,8 @@ def read_checkpoint(place: str | Path) -> dict[str, Tensor]:
     no plain weights, or where PREFIX names it (FILE:model_ema). Nothing in the file is run: beside tensors and plain
     containers only argparse.Namespace is unpickled.
 
-    Raises L2TError when the file is missing or truncated, holds no tensors or none beneath the prefix, or holds
-    pickled objects, which are named.
+    Raises L2TError when the file is missing, truncated or changed, holds no tensors or none beneath the prefix, or
+    holds pickled objects, which are named.
     """
     path, prefix = split_prefix(place)
     if not path.is_file():
@@ -108,7 +108,21 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path) from error
 
 
+def _check_sums(path: Path) -> None:
+    """Raises L2TError where a file that is an archive is not as it was written: PyTorch does not look."""
+    if not zipfile.is_zipfile(path):
+        return  # what torch.save wrote before it wrote archives
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+    except Exception as error:  # on bytes of any origin, as the unpickler
+        raise _unreadable(path) from error
+    if changed is not None:
+        raise L2TError(f"{path} is damaged (the checksum of '{changed}' in it does not fit); get it again.")
+
+
 def _load_pickle(path: Path) -> Any:
+    _check_sums(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript and of pickles of another protocol: the refusal says more

@@ -1,17 +1,19 @@
 """A column of a table, as its trainings left it: their results and epochs, and what the paper has beside them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from l2t_fast.errors import L2TError
+from l2t_fast.files import load_json
 from l2t_fast.reports.published import Numbers, Published, published
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.log import read_epochs
 
 Epochs = Sequence[Mapping[str, Any]]  # the epoch lines of one metrics.jsonl
 Problems = dict[str, dict[str, str]]  # method: {seed: why there is no result}
+RESULT = ("test_accuracy_last", "seconds")  # numbers that every result.json has
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ class Column:
     group: str = ""
 
 
+def read_problems(folder: Path) -> Problems:
+    """What problems.json of a column says; nothing where there is none yet.
+
+    Raises:
+        L2TError: the file is damaged.
+    """
+    path = folder / "problems.json"
+    found: Problems = load_json(path) if path.exists() else {}
+    if not all(isinstance(seeds, dict) for seeds in found.values()):
+        raise L2TError(f"{path} is damaged: remove it, and give the command again.")
+    return found
+
+
 def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column:
     """The column of a table that a run, in `folder`, is."""
     cells: list[Cell] = []
@@ -47,7 +62,7 @@ def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column
     for method in config.method or ():
         for seed in config.seeds or ():
             path = folder / method / f"seed-{seed}" / "result.json"
-            result = json.loads(path.read_text()) if path.exists() else None
+            result = load_json(path, RESULT) if path.exists() else None
             why = "" if result else problems.get(method, {}).get(str(seed), "not trained yet")
             cells.append(Cell(method, seed, result, why))
             if result:

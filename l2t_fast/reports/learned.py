@@ -1,6 +1,5 @@
 """What a training with meta-parameters has learned, λ and w of each pair, as metrics.jsonl and learned.json tell it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from l2t_fast.choices import METHODS
 from l2t_fast.errors import L2TError
+from l2t_fast.files import load_json
 from l2t_fast.reports.arrays import Array, ragged
 from l2t_fast.training.log import read_epochs
 
@@ -134,11 +134,8 @@ def _layers(learned: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _read_training(cell: Path) -> _Training:
     metrics, content = cell / "metrics.jsonl", cell / "learned.json"
-    try:
-        epochs = read_epochs(metrics) if metrics.exists() else []
-        learned = json.loads(content.read_text()) if content.exists() else None
-    except ValueError as error:
-        raise L2TError(f"a file in {cell} is damaged ({error}): train that part anew.") from error
+    epochs = read_epochs(metrics) if metrics.exists() else []
+    learned = load_json(content) if content.exists() else None
     if learned is not None and not {"pairs", "source", "target"} <= learned.keys():
         raise L2TError(f"{content} is not what a training writes: train that part anew.")
     epochs = [row for row in epochs if "pair_weights" in row and "meta_loss" in row]

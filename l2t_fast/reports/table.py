@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from l2t_fast.files import save_text
+from l2t_fast.files import make_folder, save_text
 from l2t_fast.reports.column import Column
 from l2t_fast.reports.comparison import DASH, Standing, Stat, Summary, mean_std, summarize, sweep_groups
 from l2t_fast.reports.csv_files import write_csv
@@ -26,7 +26,7 @@ def write_tables(folder: Path, title: str, columns: Sequence[Column], methods: S
     Args:
         methods: the rows, in their order.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     summaries = [summarize(column, methods) for column in columns]
     save_text(folder / "table.md", _markdown(title, summaries))
     write_csv(folder, columns, summaries)

@@ -4,16 +4,17 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from l2t_fast.choices import METHODS
 from l2t_fast.errors import L2TError
-from l2t_fast.files import save_text
+from l2t_fast.files import load_json, make_folder, save_text
 from l2t_fast.networks.checkpoint import split_prefix
-from l2t_fast.reports.column import Problems
-from l2t_fast.runs import workers
+from l2t_fast.reports.column import Problems, read_problems
 from l2t_fast.runs.build import trains_sources, uses_sources
+from l2t_fast.runs.lock import alone, begun, check_free
+from l2t_fast.settings.defaults import check_name
 from l2t_fast.settings.options import TableConfig, TrainConfig
 from l2t_fast.settings.stored import FREE, check_same, load_config, load_table, save_config
 
@@ -34,9 +35,11 @@ _TARGET_ONLY = (
 
 def open_table(config: TableConfig) -> tuple[Path, TableConfig]:
     """The folder of the table, and its settings."""
-    name = config.name or f"table-{'-'.join(config.dataset)}"
+    name = f"table-{'-'.join(config.dataset)}" if config.name is None else config.name
+    check_name(name)
     folder, config = config.runs / name, dataclasses.replace(config, name=name)
-    if not folder.exists() or not any(folder.iterdir()):
+    check_free(folder)
+    if not begun(folder):
         return folder, config
     saved = load_table(folder / "table.json")
     if config.threads not in (None, saved.threads):
@@ -45,19 +48,25 @@ def open_table(config: TableConfig) -> tuple[Path, TableConfig]:
 
 
 @contextlib.contextmanager
-def only_command(folder: Path) -> Iterator[None]:
-    """Refuses a second command in the folder."""
-
-    def occupied() -> bool:
-        raise L2TError(f"another `l2t-fast table` works in {folder}: wait for it, or give another --name.")
-
-    with workers.alone(folder, occupied):
+def only_command(folder: Path, columns: Iterable[TrainConfig]) -> Iterator[None]:
+    """Makes the folder, and refuses a second command in it, in one of the columns or in a source of theirs."""
+    places = [folder, *dict.fromkeys(place for config in columns for place in _places(folder, config))]
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            make_folder(place)
+            stack.enter_context(alone(place))
         yield
 
 
 def shared_sources(folder: Path, config: TrainConfig) -> Path:
     """Where the sources are that all columns of a data set share."""
     return folder / "sources" / config.data.dataset
+
+
+def _places(folder: Path, config: TrainConfig) -> list[Path]:
+    """The folder of a column, and that of the source it shares, if it trains one."""
+    sources = [shared_sources(folder, config)] if trains_sources(config) else []
+    return [folder / str(config.name), *sources]
 
 
 def check_column(folder: Path, config: TrainConfig) -> None:
@@ -72,7 +81,7 @@ def check_column(folder: Path, config: TrainConfig) -> None:
             ours = config if place == column else dataclasses.replace(config, target=saved.target)
             check_same(ours, saved, saved, what, (*FREE, *free))
     if (column / "inputs.json").exists():
-        inputs = json.loads((column / "inputs.json").read_text())
+        inputs = load_json(column / "inputs.json")
         for name, digest in fingerprints(config).items():
             if inputs.get(name, digest) != digest:
                 raise L2TError(
@@ -82,12 +91,8 @@ def check_column(folder: Path, config: TrainConfig) -> None:
 
 def write_settings(folder: Path, config: TrainConfig) -> None:
     """config.json and inputs.json of a column, with all rows that it ever had, and of its source."""
-    column = folder / str(config.name)
-    places = [column]
-    if trains_sources(config):
-        places.append(shared_sources(folder, config))
+    column, *_ = places = _places(folder, config)
     for place in places:
-        place.mkdir(parents=True, exist_ok=True)
         path, full = place / "config.json", config
         if path.exists():
             saved = load_config(path)
@@ -103,10 +108,8 @@ def write_settings(folder: Path, config: TrainConfig) -> None:
 
 def write_problems(column: Path, config: TrainConfig, found: Problems) -> None:
     """problems.json: those found now, and those of methods that this command does not have."""
-    path = column / "problems.json"
-    before: Problems = json.loads(path.read_text()) if path.exists() else {}
-    others = {method: why for method, why in before.items() if method not in (config.method or ())}
-    save_text(path, json.dumps(others | found, indent=2) + "\n")
+    others = {method: why for method, why in read_problems(column).items() if method not in (config.method or ())}
+    save_text(column / "problems.json", json.dumps(others | found, indent=2) + "\n")
 
 
 def in_order(methods: Collection[str]) -> tuple[str, ...]:

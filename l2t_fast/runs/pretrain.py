@@ -9,6 +9,7 @@ from l2t_fast.data.splits import load_data
 from l2t_fast.files import save_weights
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.runs.cell import cell_weights
+from l2t_fast.runs.lock import alone
 from l2t_fast.runs.run import open_run, train
 from l2t_fast.settings.defaults import check_least, resolve
 from l2t_fast.settings.options import PretrainConfig, SourceConfig, TargetConfig, TrainConfig
@@ -27,7 +28,9 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
     """
     if config.seed is not None:
         check_least("seed", config.seed, 0)
-    name = config.name or f"pretrain-{config.data.dataset}-{config.network or 'resnet32'}"
+    name = config.name
+    if name is None:
+        name = f"pretrain-{config.data.dataset}-{config.network or 'resnet32'}"
     given = TrainConfig(
         name=name,
         runs=config.runs,
@@ -47,7 +50,7 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
         return dataclasses.replace(filled, data=given.data, source=SourceConfig())
 
     folder, made = open_run(given, complete, _FLAGS)
-    train(folder, made, console)
+    train(folder, made, console, config.resume)
     target, (seed,) = made.target, made.seeds or (0,)
     assert target.target is not None
     assert target.target_width is not None
@@ -55,7 +58,8 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
     network = build_model(target.target, classes, target.target_width)
     network.load_state_dict(cell_weights(folder / "scratch" / f"seed-{seed}"))
     path = folder / "source.pt"
-    save_weights(path, network, classes)
+    with alone(folder):
+        save_weights(path, network, classes)
     console.print(
         f"the checkpoint is [bold]{path}[/]: --source {target.target} --source-weights {path}"
         + (f" --source-width {target.target_width:g}" if target.target_width != 1 else ""),

@@ -12,16 +12,20 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from l2t_fast.errors import L2TError
+from l2t_fast.files import make_folder
 from l2t_fast.reports.column import read_column
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs.build import find_device
+from l2t_fast.runs.lock import alone, begun, check_free
 from l2t_fast.runs.preflight import preflight
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
 from l2t_fast.runs.tasks import column_tasks
-from l2t_fast.settings.defaults import resolve
+from l2t_fast.runs.workers import Task
+from l2t_fast.settings.defaults import check_name, resolve
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.settings.stored import check_same, load_config, save_config, updated
 
@@ -33,8 +37,8 @@ def run(config: TrainConfig, console: Console) -> Path:
         Interrupted: stopped by the user, with everything saved.
         L2TError: bad settings, missing data, a folder that exists already, a training that diverged.
     """
-    folder, config = open_run(config, resolve)
-    train(folder, config, console)
+    folder, made = open_run(config, resolve)
+    train(folder, made, console, config.resume)
     return folder
 
 
@@ -50,13 +54,13 @@ def open_run(
     Raises:
         L2TError: the folder exists already, or there is none to resume, or it was made with other settings.
     """
+    if config.name is not None:
+        check_name(config.name)
+        check_free(config.runs / config.name)
     if not config.resume:
         name = config.name or f"{config.data.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = config.runs / name
-        if folder.exists():
-            raise L2TError(
-                f"the run folder {folder} exists already: give another --name, or go on with it by --resume."
-            )
+        _check_new(folder)
         return folder, complete(dataclasses.replace(config, name=name))
     if config.name is None:
         made = [path.parent for path in config.runs.glob("*/config.json")]
@@ -67,26 +71,47 @@ def open_run(
         folder = config.runs / config.name
         if not folder.exists():
             raise L2TError(f"there is no run folder {folder} to resume: start it without --resume.")
+        if not begun(folder):
+            raise L2TError(f"nothing was begun in {folder}: start it without --resume.")
+    check_free(folder)
     saved = load_config(folder / "config.json")
     check_same(config, saved, TrainConfig(), flags=flags)
     return folder, updated(saved, config, TrainConfig())
 
 
-def train(folder: Path, config: TrainConfig, console: Console) -> None:
-    """Trains, one after the other, what is not done yet; writes the table and the pictures."""
-    methods, device = config.method or (), find_device(config.device)
+def _check_new(folder: Path) -> None:
+    if begun(folder):
+        raise L2TError(f"the run folder {folder} exists already: give another --name, or go on with it by --resume.")
+
+
+def train(folder: Path, config: TrainConfig, console: Console, resume: bool) -> None:
+    """Trains, one after the other, what is not done yet; writes the table and the pictures.
+
+    Raises:
+        L2TError: as `run`; another process works in the folder.
+    """
+    device = find_device(config.device)
     for error in preflight(config, device, console).values():
         raise error
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    with alone(folder):
+        if not resume:
+            _check_new(folder)  # another command may have begun it, and ended, since `open_run` looked
+        _train(folder, config, device, console)
+
+
+def _train(folder: Path, config: TrainConfig, device: torch.device, console: Console) -> None:
+    methods = config.method or ()
     save_config(config, folder / "config.json")
     console.print(f"folder of the run: [bold]{folder}[/]", highlight=False, soft_wrap=True)
     sources, cells = column_tasks(folder, folder, config, methods, device)
     with Display(console) as display, StopSignal().listening(console) as stop:
         make_watch = functools.partial(TrainingWatch, display, stop)
-        for source in sources:
-            source.run(make_watch)
-        for cell in cells:
-            cell.run(make_watch)
+        tasks: list[Task] = [*sources, *cells]
+        for task in tasks:
+            make_folder(task.folder)
+            with alone(task.folder, lambda: stop.asked):
+                task.run(make_watch)
     column = read_column(folder, config, {})
     for table in write_tables(folder, column.title, [column], methods):
         console.print(table)

@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 
 from l2t_fast.errors import L2TError
+from l2t_fast.files import writing
 from l2t_fast.methods import find_method
-from l2t_fast.reports.column import Problems, read_column
+from l2t_fast.reports.column import Problems, read_column, read_problems
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs import workers
 from l2t_fast.runs.build import find_device
@@ -64,8 +65,7 @@ def run(config: TableConfig, console: Console) -> bool:
     problems = {name: _check(column, device, console) for name, column in columns.items()}
     sources, cells = _tasks(folder, columns, problems, device)
     jobs, threads = _side_by_side(config, len(cells), device)
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_command(folder):
+    with only_command(folder, columns.values()):
         # The number of threads decides in which order sums are taken: a table keeps it.
         save_config(dataclasses.replace(config, threads=threads), folder / "table.json")
         for name, column in columns.items():
@@ -83,7 +83,8 @@ def run(config: TableConfig, console: Console) -> bool:
                 problems[str(cell.config.name)].setdefault(cell.method, {})[str(cell.seed)] = why
         for name, column in columns.items():
             write_problems(folder / name, column, problems[name])
-        with (folder / "sessions.jsonl").open("a") as file:
+        sessions = folder / "sessions.jsonl"
+        with writing(sessions), sessions.open("a") as file:
             file.write(json.dumps({**session, "threads": threads, "device": device.type}) + "\n")
         _report(folder, console)
     return not failed
@@ -129,10 +130,7 @@ def _report(folder: Path, console: Console) -> None:
     paths = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_ctime)
     configs = {path.parent: load_config(path) for path in paths}
     methods = in_order({method for config in configs.values() for method in config.method or ()})
-    columns = [
-        read_column(column, config, json.loads((column / "problems.json").read_text()))
-        for column, config in configs.items()
-    ]
+    columns = [read_column(column, config, read_problems(column)) for column, config in configs.items()]
     title = columns[0].title if len(columns) == 1 else f"{folder.name}: accuracy on the test set (%)"
     for table in write_tables(folder, title, columns, methods):
         console.print(table)

@@ -1,7 +1,6 @@
 """What is to train: source networks and cells, as tasks that another process can be given."""
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ import torch
 
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import Data, load_data
+from l2t_fast.files import load_json
+from l2t_fast.reports.column import RESULT
 from l2t_fast.runs.build import build_sources, source_folders
 from l2t_fast.runs.cell import train_cell, train_source
 from l2t_fast.runs.progress import MakeWatch
@@ -65,7 +66,7 @@ class CellTask:
             train_cell(
                 self.folder, self.config, self.method, self.seed, networks, data, torch.device(self.device), make_watch
             )
-        result = json.loads((self.folder / "result.json").read_text())
+        result = load_json(self.folder / "result.json", RESULT)
         return f"test {result['test_accuracy_last']:.1%} after {result['seconds']:.0f} s"
 
 

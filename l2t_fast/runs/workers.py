@@ -10,17 +10,19 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from l2t_fast.errors import Interrupted, L2TError
+from l2t_fast.files import make_folder, save_text
+from l2t_fast.runs.lock import alone
 from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch, loss_on_host
 
 _TELL_EVERY = 0.2  # seconds between two messages on the iterations of one training
@@ -170,7 +172,7 @@ def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None
         except (EOFError, OSError):
             return
         try:
-            task.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(task.folder)
             with alone(task.folder, stopped):
                 end = "finished", task.run(functools.partial(_RemoteWatch, connection, stopped))
         except Interrupted:
@@ -178,7 +180,8 @@ def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None
         except L2TError as error:
             end = "failed", str(error)
         except Exception as error:  # whatever a training may raise: the others go on, in a new process
-            (task.folder / "error.txt").write_text(traceback.format_exc())
+            with contextlib.suppress(L2TError):  # the disk is full: the parent is told all the same
+                save_text(task.folder / "error.txt", traceback.format_exc())
             end = "broken", f"{type(error).__name__}, see {task.folder / 'error.txt'}"
         try:
             connection.send((end[0], (end[1],)))
@@ -189,32 +192,6 @@ def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None
         gc.collect()  # an engine and its graphs hold each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def alone(folder: Path, stopped: Callable[[], bool]) -> Iterator[None]:
-    """Waits while another process works in the folder: of a table that was killed, one may still be saving.
-
-    Raises:
-        Interrupted: `stopped()` said so while waiting.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stopped():
-                    raise Interrupted from None
-                sleep(_TELL_EVERY)
-            except OSError:  # a file system without locks
-                break
-        yield
 
 
 class _RemoteWatch:

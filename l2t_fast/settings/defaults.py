@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import PureWindowsPath
 from typing import Any
 
 from l2t_fast.choices import DATASETS, LARGE, METHODS, SMALL
@@ -75,15 +76,33 @@ def resolve(config: TrainConfig) -> TrainConfig:
     parts = {name: fill(getattr(config, name)) for name in ("data", "source", "target", "optim")}
     parts["source"] = _for_each_source(parts["source"])
     filled: TrainConfig = dataclasses.replace(fill(config), **parts)
-    check_least("epochs", filled.optim.epochs, 1)
-    check_least("source-epochs", filled.source.source_epochs, 1)
-    check_least("batch-size", filled.optim.batch_size, 1)
-    for seed in filled.seeds or ():
-        check_least("seeds", seed, 0)
-    check_once("method", filled.method or ())
-    check_once("seeds", filled.seeds or ())
-    _check_methods(filled.method or (), filled.settings)
+    check(filled)
     return filled
+
+
+def check(config: TrainConfig) -> None:
+    """What `resolve` looks at when all is filled in; settings that were stored are looked at again.
+
+    Raises:
+        L2TError: as `resolve`.
+    """
+    if config.name is not None:
+        check_name(config.name)
+    check_least("epochs", config.optim.epochs, 1)
+    if config.source.source_epochs is not None:  # a source that is trained by `pretrain` has none
+        check_least("source-epochs", config.source.source_epochs, 1)
+    check_least("batch-size", config.optim.batch_size, 1)
+    for seed in config.seeds or ():
+        check_least("seeds", seed, 0)
+    check_once("method", config.method or ())
+    check_once("seeds", config.seeds or ())
+    _check_methods(config.method or (), config.settings)
+
+
+def check_name(name: str) -> None:
+    """Raises L2TError where RUNS/NAME would not be a folder in RUNS, on any system."""
+    if name in ("", ".", "..") or not name.isprintable() or PureWindowsPath(name).name != name or len(name) > 200:
+        raise L2TError(f"--name {name!r} is not the name of a folder: give letters, digits, dashes and dots.")
 
 
 def _check_methods(names: Sequence[str], settings: Sequence[str]) -> None:

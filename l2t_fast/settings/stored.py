@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
+from l2t_fast.settings.defaults import check, check_least, check_name
 from l2t_fast.settings.options import TableConfig, TrainConfig
 
 # What may have changed when a run goes on: where the data lie, and what computes; and how it is called.
@@ -66,9 +69,13 @@ def load_config(path: Path) -> TrainConfig:
     """What `save_config` wrote of a run.
 
     Raises:
-        L2TError: the file is missing or is no such configuration.
+        L2TError: the file is missing or is no such configuration, or has a value that no option could have.
     """
     config: TrainConfig = _load(TrainConfig, path, "resume a folder that `l2t-fast train` made")
+    try:
+        check(config)
+    except L2TError as error:
+        raise L2TError(f"{path}: {error}") from error
     return config
 
 
@@ -76,37 +83,61 @@ def load_table(path: Path) -> TableConfig:
     """What `save_config` wrote of a table.
 
     Raises:
-        L2TError: the file is missing or is no such configuration.
+        L2TError: as `load_config`.
     """
     config: TableConfig = _load(TableConfig, path, "give a folder that `l2t-fast table` made")
+    try:
+        check_name("table" if config.name is None else config.name)
+        check_least("threads", config.threads or 1, 1)
+    except L2TError as error:
+        raise L2TError(f"{path}: {error}") from error
     return config
 
 
 def _load(cls: Any, path: Path, advice: str) -> Any:
     try:
-        return _build(cls, json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return _build(cls, json.loads(path.read_text()), path)
+    except L2TError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise L2TError(f"{path} is not the configuration of a run: {advice}.") from error
 
 
-def _build(cls: Any, values: dict[str, Any]) -> Any:
+def _build(cls: Any, values: dict[str, Any], path: Path) -> Any:
     """A configuration from JSON: lists become tuples, the paths paths, nested dictionaries their own class.
 
     What a run of an older version does not say is as it is by default.
     """
     arguments: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         if f.name not in values:
             continue
         value = values.pop(f.name)
         if isinstance(value, dict):
-            arguments[f.name] = _build(f.default_factory, value)
+            arguments[f.name] = _build(f.default_factory, value, path)
         elif f.name in ("runs", "data_root"):
             arguments[f.name] = Path(value)
         elif f.name in ("source", "source_weights", "source_width") and value is not None:
             arguments[f.name] = tuple(value) if isinstance(value, list) else (value,)
         else:
             arguments[f.name] = tuple(value) if isinstance(value, list) else value
+        if not _fits(arguments[f.name], hints[f.name]):
+            raise L2TError(f"{path}: '{f.name}' cannot be {json.dumps(value)}: put back what was there.")
     if values:
-        raise KeyError(*values)
+        raise L2TError(f"{path}: there is no setting '{next(iter(values))}': remove it.")
     return cls(**arguments)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a setting of that type can have the value."""
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if kind is typing.Literal:
+        return value in arguments
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)

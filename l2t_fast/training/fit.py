@@ -16,7 +16,7 @@ from l2t_fast.data.images import ImageSet
 from l2t_fast.data.splits import Data
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import Interrupted, L2TError
-from l2t_fast.files import load_checkpoint, save_checkpoint
+from l2t_fast.files import load_checkpoint, make_folder, save_checkpoint
 from l2t_fast.learner.undisturbed import modes_kept
 from l2t_fast.training.log import Log
 from l2t_fast.training.state import State, check_finite, checkpoint_content, restore
@@ -51,8 +51,9 @@ def fit(
         Interrupted: `watch.stop_asked()`; all is saved.
         L2TError: a loss, a parameter or a buffer is not finite (says where; the last good checkpoint stays), a
             damaged or foreign checkpoint, too few images for a batch.
+        MachineError: the disk is full: what was saved before stays, and the training goes on from there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     batches = data.train.num_batches(schedule.batch_size)
     if batches == 0:
         raise L2TError(f"{len(data.train)} training images are too few: BatchNorm needs batches of two or more.")

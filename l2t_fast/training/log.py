@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2t_fast.errors import L2TError
-from l2t_fast.files import save_text
+from l2t_fast.files import save_text, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +18,24 @@ _READ_EVERY = 50  # iterations whose metrics are read back at a time
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a killed run left unfinished is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics.jsonl; a last line that a killed run left unfinished is left out.
+
+    Raises:
+        L2TError: the file is missing, or another line is damaged.
+    """
+    if not path.is_file():
+        raise L2TError(f"{path} is missing: train that part anew.")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        place = [row.get("epoch"), row.get("iteration", 0)] if isinstance(row, dict) else [None]
+        if not all(isinstance(number, int) for number in place):
+            raise L2TError(f"{path}, line {number}, is damaged: put it back, or train that part anew.")
+        rows.append(row)
+    return rows
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
@@ -93,16 +108,18 @@ class Log:
             return
         rows = reading.rows()
         self._epoch_rows += rows
-        with self._path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._append(rows)
         for row in rows:
             self._check_finite(row)
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes the line of an epoch, which is over."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append([row])
         self._epoch_rows = []
+
+    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
+        with writing(self._path), self._path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def summary(self, epoch: int) -> dict[str, Any]:
         """Means over the iterations of the epoch."""

@@ -118,7 +118,7 @@ def test_what_is_no_run_is_refused_in_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "inspect.md").exists()
     training(tmp_path / "l2t-ww/seed-0", [[1.0] * 4], final=[1.0] * 4)
     (tmp_path / "l2t-ww/seed-0/learned.json").write_text("{")
-    with pytest.raises(L2TError, match="seed-0 is damaged"):
+    with pytest.raises(L2TError, match=r"seed-0/learned\.json is damaged"):
         inspect(tmp_path, console)
     (tmp_path / "l2t-ww/seed-0/learned.json").write_text("{}")
     with pytest.raises(L2TError, match="is not what a training writes"):

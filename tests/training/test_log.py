@@ -46,3 +46,11 @@ def test_what_is_not_finite_is_written_and_named(tmp_path: Path) -> None:
         log.flush()
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert math.isnan(row["matching_loss"])
+
+
+@pytest.mark.parametrize("line", ["", "{", "[1]", '{"loss": 1}', '{"epoch": "0"}', "\0"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"epoch": 0}}\n{line}\n{{"epoch": 1}}\n')
+    for read in (lambda: read_metrics(tmp_path / "metrics.jsonl"), lambda: opened(tmp_path)):
+        with pytest.raises(L2TError, match=r"metrics\.jsonl, line 2, is damaged"):
+            read()

@@ -1,11 +1,13 @@
 """What all pictures share."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from l2t_fast.files import save_bytes
 from l2t_fast.reports.arrays import Array
 
 
@@ -26,4 +28,6 @@ def plot_band(axes: Any, x: Array, curves: Array, shade: float = 0.15, **line: A
 
 def save(fig: Any, path: Path) -> None:
     """Writes the picture as PNG, all of them as finely."""
-    fig.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png", dpi=120)
+    save_bytes(path, picture.getbuffer())
