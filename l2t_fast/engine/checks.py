@@ -20,13 +20,18 @@ def check_settings(words: Mapping[str, str], numbers: Mapping[str, Any], nestero
         if words[name] not in get_args(choices):
             allowed = " or ".join(map(repr, get_args(choices)))
             raise L2TError(f"{name}='{words[name]}' is not to be had: use {allowed}.")
-    for name, value in numbers.items():
-        if not value >= 0:  # nor NaN
-            raise L2TError(f"{name}={value} is not to be had: give zero or more.")
+    check_numbers(numbers)
     if not isinstance(numbers["inner_steps"], int):
         raise L2TError(f"inner_steps={numbers['inner_steps']} is not to be had: give a whole number.")
     if nesterov and not numbers["momentum"]:
         raise L2TError("nesterov=True needs momentum > 0.")
+
+
+def check_numbers(numbers: Mapping[str, Any]) -> None:
+    """Raises L2TError for a negative number, or none."""
+    for name, value in numbers.items():
+        if not value >= 0:  # nor NaN
+            raise L2TError(f"{name}={value} is not to be had: give zero or more.")
 
 
 def check_target(learner: L2T, theta: Mapping[str, Tensor]) -> None:

@@ -13,12 +13,13 @@ from l2t_fast.engine.capture import CaptureError, Graphs
 from l2t_fast.engine.checks import Images
 from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, units_of
 from l2t_fast.engine.iteration import Iteration
-from l2t_fast.engine.modes import Draws, check_capture, choose_mode, settings_of
+from l2t_fast.engine.modes import Draws, check_capture, choose_mode
 from l2t_fast.engine.precision import arithmetic, images, lay_out
 from l2t_fast.engine.second_order import SecondOrder, examine
 from l2t_fast.engine.state import Trained, check_fits
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.sgd.rule import SGD
+from l2t_fast.learner.attributes import settings_of
 from l2t_fast.learner.generators import Generators, device_drew, generators_kept, host_drew, read_generators
 from l2t_fast.learner.hooks import sweeping
 from l2t_fast.learner.learner import L2T
@@ -140,6 +141,7 @@ class Engine:
 
     @lr.setter
     def lr(self, value: float) -> None:
+        checks.check_numbers({"lr": value})
         self._lr_value = float(value)
         self.trained.lr.fill_(self._lr_value)
 
@@ -150,6 +152,7 @@ class Engine:
 
     @meta_lr.setter
     def meta_lr(self, value: float) -> None:
+        checks.check_numbers({"meta_lr": value})
         self._meta_lr_value = float(value)
         self.trained.set_meta_lr(self._meta_lr_value)
 
@@ -202,6 +205,8 @@ class Engine:
         if not self.trained.phi:
             return {}
         tensors = self._ready(self._check(x, y, val))
+        if self.mode != "eager":
+            self._drop_what_is_stale()
         with generators_kept(self._device), arithmetic(self.precision, self._device), self._twice_differentiable():
             _, grads = self._simulate(self._steps(tensors), tensors)
         return dict(zip(self.trained.phi, grads, strict=True))
@@ -233,6 +238,11 @@ class Engine:
                     tensor.copy_(state[group][name])
         self.lr = state["lr"]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise L2TError(f"the {name} of an engine is fixed: make a new one, and load its state_dict().")
+        super().__setattr__(name, value)
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise L2TError("an Engine cannot be copied or pickled: make a new one, and load its state_dict().")
 
@@ -262,7 +272,7 @@ class Engine:
         return Graphs(self._iterate, self._device, self._may_be_captured) if captures else None
 
     def _may_be_captured(self) -> None:
-        check_capture(self.learner.target, self._draws, self.memory)
+        check_capture([self.learner.target, *self.learner.sources], self._draws, self.memory)
         if self._sets_attributes:
             raise L2TError("the target's forward pass sets attributes of its modules, which a replay would not")
 
@@ -270,7 +280,7 @@ class Engine:
         """What was captured or compiled under other settings of the target's modules is made anew."""
         settings = settings_of(self.learner.target)
         if settings != self._settings:
-            self._settings, self._compiled = settings, None
+            self._settings, self._compiled, self._draws = settings, None, None
             if self._graphs is not None:
                 self._graphs = self._new_graphs()
 
@@ -320,7 +330,7 @@ class Engine:
         metrics = self._iteration.run(self._steps(tensors), tensors, self._may_draw)
         if self._graphs is not None:
             settings = settings_of(self.learner.target)
-            self._sets_attributes |= settings != self._settings
+            self._sets_attributes = settings != self._settings
             self._settings = settings
         return metrics
 
@@ -355,6 +365,9 @@ class Engine:
             )
             self._evaluation_said = True
         return [tensor for batch in (batches if meta else batches[:1]) for tensor in batch]
+
+
+_FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "memory"))
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

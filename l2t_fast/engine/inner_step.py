@@ -16,8 +16,10 @@ from torch import Tensor
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.layers.autograd import constant_primals
 from l2t_fast.kernels.matching import ops
+from l2t_fast.learner.attributes import apart, read_attributes, set_attributes
 from l2t_fast.learner.learner import L2T, Networks
 from l2t_fast.learner.network import Outputs, Runs
+from l2t_fast.learner.places import buffers_of
 
 Theta = dict[str, Tensor]
 
@@ -54,8 +56,8 @@ def parameters(learner: L2T) -> Theta:
     """θ: the parameters that are trained, the target's, those of the projections and of the terms."""
     return {
         **{f"{_TARGET}{name}": p for name, p in learner.target.named_parameters() if p.requires_grad},
-        **{f"projections.{name}": p for name, p in learner.projections.named_parameters()},
-        **{f"{_TERMS}{name}": p for name, p in learner.terms.named_parameters()},
+        **{f"projections.{name}": p for name, p in learner.projections.named_parameters() if p.requires_grad},
+        **{f"{_TERMS}{name}": p for name, p in learner.terms.named_parameters() if p.requires_grad},
     }
 
 
@@ -103,7 +105,7 @@ def gradient(
     E: list[Tensor] = []
     grads: Theta = {}
     if matching:
-        r, bias = [theta[f"projections.{i}.weight"] for i in pairs], [theta[f"projections.{i}.bias"] for i in pairs]
+        r, bias = ([_of_projection(learner, theta, i, part) for i in pairs] for part in ("weight", "bias"))
         # Where θ is a constant, so is T to whoever differentiates this.
         points = [t.detach() for t in T] if constant and not networks.traced else T
         E, g_T, g_r, g_bias = ops.matching_gradient(
@@ -114,6 +116,7 @@ def gradient(
             **{f"projections.{i}.weight": g_r[i] for i in pairs},
             **{f"projections.{i}.bias": g_bias[i] for i in pairs},
         }
+        grads = {name: g for name, g in grads.items() if name in theta}
     g_target, g_heads = pull(cotangents)
     # The frozen parameters that are computed with in bfloat16 come along, but are no part of θ.
     grads |= {f"{_TARGET}{name}": g for name, g in g_target.items() if f"{_TARGET}{name}" in theta}
@@ -169,13 +172,28 @@ def _terms(
     """The value of each term."""
 
     def run(x: Tensor) -> Outputs:
-        return network.run(x, target, _copies(buffers), simulated=True)
+        """Leaves buffers and attributes as the first pass left them."""
+        if network is not learner.target_network:
+            return network.run(x, target, _copies(buffers), simulated=True)
+        own = {**buffers_of(learner.target, learner.target_network.leaves_alone), **buffers}
+        attributes = read_attributes(learner.target)
+        set_attributes(apart(attributes))
+        try:
+            return network.run(x, target, _copies(own), simulated=True)
+        finally:
+            set_attributes(attributes)
 
     values: list[Tensor] = []
     for i, (term, kept) in enumerate(zip(learner.terms, batch.kept, strict=True)):
         own = {name.removeprefix(f"{i}."): p for name, p in heads.items() if name.startswith(f"{i}.")}
         values.append(torch.func.functional_call(term, own, (kept, batch.x, outputs, run)))
     return values
+
+
+def _of_projection(learner: L2T, theta: Theta, i: int, part: str) -> Tensor:
+    """A parameter of r: θ's, or where it is frozen the projection's own."""
+    name = f"projections.{i}.{part}"
+    return theta[name] if name in theta else learner.projections[i].get_parameter(part).detach()
 
 
 def _of_target(network: Runs, theta: Theta, dtype: torch.dtype) -> Theta:

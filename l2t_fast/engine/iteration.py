@@ -12,7 +12,7 @@ from l2t_fast.engine.bilevel import Kind
 from l2t_fast.engine.compile import Steps
 from l2t_fast.engine.inner_step import Gradient, StepInput, Theta
 from l2t_fast.engine.state import Trained
-from l2t_fast.engine.surroundings import Simulated, Surroundings
+from l2t_fast.engine.surroundings import RealSurroundings, SimulatedSurroundings
 from l2t_fast.kernels.sgd.step import sgd_step, sgd_step_
 from l2t_fast.learner.learner import L2T
 
@@ -46,7 +46,7 @@ class Iteration:
         """One iteration on images and labels in a row (`split`); draws: a forward pass may draw random numbers."""
         trained, learner = self.trained, self.learner
         matched = self.matching(steps, tensors)
-        around = Surroundings(learner.target)
+        around = RealSurroundings(learner.target)
         try:
             real = self.real_gradient(steps, matched.batches[0])
             grads = [real.theta.get(name) for name in trained.theta]
@@ -109,7 +109,7 @@ class Iteration:
 
         The derivative to a is summed over the steps, then pulled back through f and g once.
         """
-        around = Simulated(self.learner.target_network, self.trained.lr.device, draws)
+        around = SimulatedSurroundings(self.learner.target_network, self.trained.lr.device, draws)
 
         def gradient(kind: Kind, theta: Theta, a: list[Tensor]) -> Theta:
             around.begin()

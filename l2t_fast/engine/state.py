@@ -32,8 +32,8 @@ class Trained:
         theta = parameters(learner)
         device = next(iter(theta.values())).device
         phi: Theta = {
-            **{f"what.{name}": p for name, p in learner.what.named_parameters()},
-            **{f"where.{name}": p for name, p in learner.where.named_parameters()},
+            **{f"what.{name}": p for name, p in learner.what.named_parameters() if p.requires_grad},
+            **{f"where.{name}": p for name, p in learner.where.named_parameters() if p.requires_grad},
         }
         options: dict[str, Any] = (
             {"lr": torch.tensor(meta_lr, dtype=torch.float32, device=device), "fused": True, "capturable": True}
@@ -132,5 +132,6 @@ def _check_moments(state: Any, phi: Sequence[Tensor]) -> None:
     """The moments belong to φ, or there are none yet."""
     moments = state.get("state", {}) if isinstance(state, dict) else {}
     for i, moment in moments.items():
-        if not i < len(phi) or any(moment[name].shape != phi[i].shape for name in ("exp_avg", "exp_avg_sq")):
+        whole = isinstance(moment, dict) and moment.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        if not whole or not i < len(phi) or any(moment[n].shape != phi[i].shape for n in ("exp_avg", "exp_avg_sq")):
             raise L2TError("this state does not fit the learner: its 'adam' is of other meta-networks.")

@@ -15,11 +15,14 @@ from l2t_fast.learner.places import buffers_of
 class Buffers:
     """A network's buffers as they are now, to be put back."""
 
-    def __init__(self, network: nn.Module, left_out: Callable[[nn.Module], bool] = lambda module: False) -> None:
+    def __init__(
+        self, network: nn.Module, left_out: Callable[[nn.Module], bool] = lambda module: False, copied: bool = True
+    ) -> None:
+        """copied: False where their values are never put back."""
         self._network = network
         self._tables = _tables(network, left_out)
         self._held = [
-            (table, key, buffer, _copy(buffer), buffer._version)
+            (table, key, buffer, buffer.clone() if copied else buffer, buffer._version)
             for table, held in self._tables
             for key, buffer in held.items()
             if buffer is not None
@@ -47,11 +50,13 @@ class Buffers:
             torch._foreach_copy_([own[name] for name in names], [given[name] for name in names])
 
 
-class Surroundings:
+class RealSurroundings:
     """Buffers, attributes and hooks of a network as they are now, for a real step: to be put back where it fails."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._network, self._buffers = network, Buffers(network)
+        # While a graph is being captured nothing happens that could be put back.
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        self._network, self._buffers = network, Buffers(network, copied=not capturing)
         self._attributes, self._hooks = apart(read_attributes(network)), read_hooks(network)
 
     def put_back(self) -> None:
@@ -65,7 +70,7 @@ class Surroundings:
         cut_graphs(self._network)
 
 
-class Simulated:
+class SimulatedSurroundings:
     """The surroundings of the simulated steps of an iteration (`bilevel.Surroundings`).
 
     Each pass starts from the `buffers` and attributes that the one before left, and writes into copies; the target's
@@ -107,11 +112,6 @@ class Simulated:
         set_attributes(self._attributes)
         set_attributes(self._hooks)
         self._own.put_back()
-
-
-def _copy(buffer: Tensor) -> Tensor:
-    """Of what a graph that is being captured does, nothing has happened yet that could be put back."""
-    return buffer if buffer.is_cuda and torch.cuda.is_current_stream_capturing() else buffer.clone()
 
 
 def _tables(network: nn.Module, left_out: Callable[[nn.Module], bool]) -> Attributes:

@@ -16,6 +16,7 @@ Attributes = list[tuple[dict[str, Any], dict[str, Any]]]  # of a module: its __d
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.ndarray)
+_SIMPLE = frozenset((bool, int, float, str, type(None), tuple, torch.Size))
 _PLAIN = (bool, int, float, str, type(None))
 MODULE_OWN = frozenset(vars(nn.Module()))  # attributes that every module has: its tensors, modules, hooks, mode
 
@@ -44,12 +45,53 @@ def set_attributes(attributes: Attributes) -> None:
 def apart(attributes: Attributes) -> Attributes:
     """The same with copies of all that can be written into, so that whoever writes into these leaves those alone.
 
-    Tensors are cut from their graphs. Parameters, modules and objects of the user's own classes are not copied.
+    Tensors are cut from their graphs. Parameters, buffers and views of these, modules and objects of the user's own
+    classes are not copied.
     """
-    copies: dict[int, Any] = {}
+    buffers = [b for _, then in attributes for b in then["_buffers"].values() if b is not None]
+    copies: dict[int, Any] = {id(b): b for b in buffers}
+    places = {b.untyped_storage()._cdata for b in buffers}
+    for _, then in attributes:
+        copies |= {id(v): v for v in then.values() if isinstance(v, Tensor) and v.untyped_storage()._cdata in places}
     return [
         (now, {k: v if k in MODULE_OWN else _copied(v, copies) for k, v in then.items()}) for now, then in attributes
     ]
+
+
+def settings_of(network: nn.Module) -> list[Any]:
+    """What a captured or compiled iteration has frozen of a network: classes, modes, attributes, hooks, addresses.
+
+    Two that differ mean that it must be made anew.
+    """
+    found: list[Any] = []
+    for module in network.modules():
+        found += (type(module), module.training)
+        found += _settings(module)
+        found += [tuple(hooks) for kind in MODULE_HOOKS if (hooks := getattr(module, kind))]
+        held = (*module._parameters.values(), *module._buffers.values())
+        found += [t.data_ptr() for t in held if t is not None]
+    found += [tuple(p._backward_hooks) for p in network.parameters() if p._backward_hooks]
+    return found
+
+
+def _settings(module: nn.Module) -> Iterator[Any]:
+    """Simple attributes; of a user's module also the identities of tensors, callables and what is in containers."""
+    users = not type(module).__module__.startswith("torch.nn.")
+    for key, value in vars(module).items():
+        if key in MODULE_OWN:
+            continue
+        if type(value) in _SIMPLE:
+            yield value
+        elif users and isinstance(value, (list, dict, set, deque)):
+            yield from map(id, value.values() if isinstance(value, dict) else value)
+        elif users:
+            yield id(value)
+
+
+def versions_of(network: nn.Module) -> list[int]:
+    """Of the tensors among the attributes: a write counts one up."""
+    own = (value for now, then in read_attributes(network) for key, value in then.items() if key not in MODULE_OWN)
+    return [value._version for value in own if isinstance(value, Tensor) and not value.is_inference()]
 
 
 def read_hooks(network: nn.Module) -> Attributes:

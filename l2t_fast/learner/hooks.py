@@ -49,7 +49,7 @@ def gated_backward_hooks(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for hooks, own in zip(held, saved, strict=True):
-            hooks.update(own)
+            hooks.update({key: hook for key, hook in own.items() if key in hooks})  # some remove themselves
 
 
 def _gated(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from l2t_fast.errors import L2TError
 from l2t_fast.learner.attributes import read_attributes
 from l2t_fast.learner.hooks import sweeping
 from l2t_fast.learner.network import Network
+from l2t_fast.learner.places import buffers_of
 from l2t_fast.learner.undisturbed import undisturbed
 
 _SCALE = 100.0  # of parameters that show a forward pass that clips them
@@ -34,6 +35,7 @@ def check_reach(network: Network, x: Tensor, *, again: bool) -> None:
     _check_unwritten(network, x, names)
     network.statistics_matter = False
     network.statistics_matter = _statistics_matter(network, x, found)
+    _check_buffers(network, x, names, found)
     if _same(found, _pass_or_none(network, x, names, names)):
         return
     if not _same(found, _pass_or_none(network, x, names, [])):
@@ -48,6 +50,28 @@ def check_reach(network: Network, x: Tensor, *, again: bool) -> None:
             raise _around(name, network.role)
 
 
+def _check_buffers(network: Network, x: Tensor, names: Sequence[str], found: Sequence[Tensor]) -> None:
+    """Raises L2TError where a buffer is read by another way than through its module.
+
+    Those of BatchNorms that leave theirs alone are `_statistics_matter`'s.
+    """
+    own = [name for name, b in buffers_of(network.module, network.leaves_alone).items() if b.is_floating_point()]
+    if not own or _same(found, _pass_or_none(network, x, names, own)):
+        return
+    if not _same(found, _pass_or_none(network, x, names, [])):
+        return  # it differs each time, which is said elsewhere
+    for name in own:
+        if not _same(found, _pass_or_none(network, x, names, [name])):
+            raise _beside(name, network.role)
+
+
+def _beside(name: str, role: str) -> L2TError:
+    return L2TError(
+        f"buffer '{name}' of the {role} is reached past its module (by a list, a view, an object that holds it): read "
+        "and write it through its module."
+    )
+
+
 def _around(name: str, role: str) -> L2TError:
     return L2TError(
         f"parameter '{name}' of the {role} is reached past its module (by a closure, a tuple, an object that holds "
@@ -56,7 +80,10 @@ def _around(name: str, role: str) -> L2TError:
 
 
 def _pass(network: Network, x: Tensor, names: Sequence[str], poisoned: Sequence[str] = ()) -> list[Tensor]:
-    """Outputs, buffers and gradients with stand-ins for the parameters `names`, those `poisoned` being NaN."""
+    """Outputs, buffers and gradients with stand-ins for the parameters `names` and for all buffers.
+
+    poisoned: parameters and buffers of the network's own that are NaN meanwhile.
+    """
     attributes = read_attributes(network.module)
     with undisturbed(network.module, x.device), torch.enable_grad():
         for now, then in attributes:  # with the graphs that some may have
@@ -64,9 +91,11 @@ def _pass(network: Network, x: Tensor, names: Sequence[str], poisoned: Sequence[
                 key: value for key, value in then.items() if isinstance(value, Tensor) and value.grad_fn is not None
             }
         stand_ins = {name: network.parameters[name].detach().clone().requires_grad_() for name in names}
-        for name in poisoned:
-            network.parameters[name].data.fill_(torch.nan)
         buffers = {name: buffer.clone() for name, buffer in network.module.named_buffers()}
+        own = buffers_of(network.module, network.leaves_alone)
+        for name in poisoned:
+            (own[name] if name in own else network.parameters[name]).data.fill_(torch.nan)
+        versions = {name: buffer._version for name, buffer in own.items()}
         places = {name: p.data_ptr() for name, p in stand_ins.items()}
         frozen = _frozen(network)
         outputs = network.run(x, stand_ins, buffers)
@@ -75,6 +104,9 @@ def _pass(network: Network, x: Tensor, names: Sequence[str], poisoned: Sequence[
                 f"parameter '{min(made)}' of the {network.role} is made in its forward pass: run the network on one "
                 "batch of images first."
             )
+        for name, buffer in own.items():
+            if buffer._version != versions[name]:
+                raise _beside(name, network.role)
         values = [*outputs.features, *([] if outputs.logits is None else [outputs.logits])]
         ends = [y for y in values if y.requires_grad]
         if not poisoned:

@@ -19,6 +19,7 @@ from torchvision.models.feature_extraction import NodePathTracer, create_feature
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.layers.twins import replace_layers, running_buffers, without_statistics
+from l2t_fast.learner.attributes import settings_of, versions_of
 from l2t_fast.learner.generators import Generators, device_drew, host_drew, read_generators, seed_generators
 from l2t_fast.learner.hooks import hooks_of
 from l2t_fast.learner.network import Network, Outputs, Runs
@@ -164,7 +165,11 @@ def _prove(network: Network, traced: TracedNetwork, example: Tensor) -> None:
         torch.manual_seed(draw)
         x = torch.randn(2, *example.shape[1:]).to(example)  # two, since BatchNorm cannot train on one image
         with _randomised(network.module):
-            ours, theirs = (_observed(runs, network, x, draw) for runs in (traced, network))
+            ours = _observed(traced, network, x, draw)
+            before = settings_of(network.module), versions_of(network.module)
+            theirs = _observed(network, network, x, draw)
+            if draw and (settings_of(network.module), versions_of(network.module)) != before:  # the first may cache
+                raise _refused(network, "its forward pass sets attributes, which a graph would not")
         for what, one in theirs.tensors.items():
             if not _same(ours.tensors[what], one):
                 raise _refused(network, f"its graph computes other {what}")

@@ -16,6 +16,7 @@ from tests.engine.shared import (
     Y,
     assert_close,
     assert_identical,
+    beside_the_reference,
     flat,
     randomise,
     small_batch,
@@ -176,3 +177,67 @@ def test_one_network_as_source_and_target_is_refused() -> None:
     network = small_net(nn.ReLU())
     with pytest.raises(L2TError, match="share parameters: give the target a copy"):
         L2T(network, network, source_layers=["0"], target_layers=["0"], example=small_batch(0, 8)[0])
+
+
+@pytest.mark.parametrize("name", ["beta", "inner_steps", "scheme", "precision", "memory", "learner"])
+def test_what_is_fixed_cannot_be_set(name: str) -> None:
+    engine = Engine(small_learner())
+    with pytest.raises(L2TError, match=f"the {name} of an engine is fixed: make a new one"):
+        setattr(engine, name, getattr(engine, name))
+
+
+@pytest.mark.parametrize("name", ["lr", "meta_lr"])
+def test_a_learning_rate_that_is_none_is_refused(name: str) -> None:
+    engine = Engine(small_learner())
+    before = getattr(engine, name)
+    for value in (float("nan"), -0.1):
+        with pytest.raises(L2TError, match=f"{name}=.* is not to be had"):
+            setattr(engine, name, value)
+    assert getattr(engine, name) == before
+
+
+def test_frozen_projections_and_heads_stay() -> None:
+    engine, reference = beside_the_reference(small_net(nn.Softplus()), ["0", "2"], size=8, warm=1)
+    engine.learner.projections.requires_grad_(False)
+    engine.learner.what.requires_grad_(False)
+    with pytest.raises(L2TError, match=r"parameter 'projections.0.weight' was frozen after the engine was made"):
+        engine.step(*small_batch(5, 8))
+    anew = Engine(engine.learner, lr=0.05, weight_decay=1e-2)
+    reference.projections.requires_grad_(False)
+    reference.theta = {name: p for name, p in reference.theta.items() if p.requires_grad}
+    reference.optimizer = torch.optim.SGD(reference.theta.values(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    reference.phi = {name: p for name, p in reference.phi.items() if name.startswith("where")}
+    reference.meta_optimizer = torch.optim.Adam(reference.phi.values(), lr=1e-4, weight_decay=1e-4)
+    before = copy.deepcopy(engine.learner.projections.state_dict())
+    for seed in (5, 6):
+        assert_close(anew.meta_gradient(*small_batch(seed, 8)), reference.meta_gradient(*small_batch(seed, 8)))
+        anew.step(*small_batch(seed, 8))
+        reference.step(*small_batch(seed, 8))
+    assert_identical(engine.learner.projections.state_dict(), before)
+
+
+class Aliased(nn.Module):
+    """A running mean that is also held elsewhere."""
+
+    def __init__(self, written: str, read: str) -> None:
+        super().__init__()
+        self.register_buffer("m", torch.zeros(4))
+        self.held, self.view, self.pair = {"m": self.m}, self.m[:], (self.m,)
+        self.written, self.read = written, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = {"buffer": self.m, "dictionary": self.held["m"], "view": self.view, "tuple": self.pair[0]}
+        places[self.written].mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3)))
+        return x - places[self.read][:, None, None]
+
+
+@pytest.mark.parametrize("other", ["dictionary", "view", "tuple"])
+@pytest.mark.parametrize("written", [True, False])
+def test_a_buffer_reached_past_its_module_is_refused(other: str, written: bool) -> None:
+    middle = Aliased(*(("buffer", other)[:: -1 if written else 1]))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), middle, nn.Flatten(), nn.Linear(144, 3)).double()
+    middle.held, middle.view, middle.pair = {"m": middle.m}, middle.m[:], (middle.m,)  # double() made another
+    options: dict[str, Any] = {"source_layers": ["0"], "target_layers": ["0"], "example": small_batch(0, 8)[0]}
+    learner = L2T(source_net((2, 2)), network, **options)
+    with pytest.raises(L2TError, match=r"buffer '1.m' of the target is reached past its module"):
+        Engine(learner)

@@ -14,7 +14,7 @@ from l2t_fast import Engine, L2TError
 from l2t_fast.engine import compile as compilation
 from l2t_fast.engine.modes import Draws, choose_mode
 from l2t_fast.kernels.matching import aten, ops
-from tests.engine.shared import small_batch, small_learner
+from tests.engine.shared import small_batch, small_learner, small_net
 from tests.shared import batch, engine, error, everything, flat, learner
 
 pytestmark = pytest.mark.core
@@ -241,3 +241,30 @@ def test_a_learning_rate_may_be_set_at_any_time() -> None:
         one.step(*small_batch(i, 8))
         other.step(*small_batch(i, 8))
     assert flat(everything(one)).equal(flat(everything(other)))
+
+
+def test_settings_changed_later_count_in_compiled_steps(aot_eager: None) -> None:
+    compiled, eager = small(mode="compile"), small(mode="eager")
+    for subject in (compiled, eager):
+        subject.step(*small_batch(0, 8))
+        subject.learner.target[0][1].eval()
+    assert error(compiled.meta_gradient(*small_batch(1, 8)), eager.meta_gradient(*small_batch(1, 8))) < 1e-9
+    assert_follows(compiled, eager, steps=1)
+
+
+class Counting(nn.Module):
+    """Halves what it gives from its twentieth pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.n += 1
+        return x if self.n < 20 else x / 2
+
+
+def test_attributes_that_decide_are_not_compiled(aot_eager: None) -> None:
+    compiled = engine(small_learner(small_net(middle=Counting())), mode="compile")
+    with pytest.raises(L2TError, match=r"cannot be compiled: its forward pass sets attributes"):
+        compiled.step(*small_batch(0, 8))

@@ -107,7 +107,15 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     state = copy.deepcopy(engine.state_dict())
     before = copy.deepcopy(engine.state_dict()["theta"])
     engine_state = engine.state_dict()
-    for wrong in ({"lr": "x"}, {"adam": None}, {"adam": {**state["adam"], "state": {99: {}}}}):
+    partial = [{i: {n: t for n, t in m.items() if n != name} for i, m in state["adam"]["state"].items()}
+               for name in ("step", "exp_avg", "exp_avg_sq")]  # fmt: skip
+    for wrong in (
+        {"lr": "x"},
+        {"adam": None},
+        {"adam": {**state["adam"], "state": {99: {}}}},
+        *({"adam": {**state["adam"], "state": moments}} for moments in partial),
+    ):
         with pytest.raises(L2TError):
             engine.load_state_dict({**state, "theta": {n: p + 1 for n, p in before.items()}, **wrong})
         assert all(torch.equal(engine_state["theta"][name], p) for name, p in before.items())
+        assert_identical(engine.state_dict()["adam"], state["adam"])
