@@ -59,6 +59,7 @@ class Iteration:
             around.settle(real.buffers)
             start = (dict(zip(trained.theta, new, strict=True)) for new in (new_theta, new_momentum))
             metrics = self._metrics(real, matched)
+            del real, grads  # what is kept for the simulated steps is enough
             metrics["meta_loss"], of_phi = self.meta_gradient(steps, matched, *start, draws=draws)
         except BaseException:
             around.put_back()
