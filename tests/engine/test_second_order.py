@@ -173,8 +173,15 @@ OPERATIONS = {
 }
 
 
+# PyTorch's own second derivatives of these are younger than the oldest version that is supported; there it is refused.
+YOUNG = ("cdist", "grid_sample")
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_has_a_second_derivative(name: str) -> None:
+    if name.startswith(YOUNG) and TORCH < (2, 14):
+        pytest.skip(f"PyTorch {torch.__version__} has none")
     function, shape = OPERATIONS[name]
     if isinstance(function, nn.Module):
         function.double()
