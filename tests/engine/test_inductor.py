@@ -10,6 +10,8 @@ from l2t_fast import Engine
 from tests.engine.shared import small_batch, small_learner
 from tests.shared import engine, error, everything
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_is_as_exact_and_a_second_start_takes_it_from_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -71,7 +71,7 @@ def _cached(cache: Path, paths: list[str]) -> Tensor:
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         decoded = np.stack(list(pool.map(_shrunk, paths, chunksize=256)))  # [N, 32, 32, 3]
     images = torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous()
-    with suppress(OSError, RuntimeError):  # a folder that cannot be written, or a full disk: decoded again next time
+    with suppress(L2TError, RuntimeError):  # a folder that cannot be written, or a full disk: decoded again next time
         save_checkpoint(cache, {"key": key.hexdigest(), "crc": zlib.crc32(images.numpy().data), "images": images})
     return images
 

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.suites import gate
 from l2t_fast import L2T
+from l2t_fast.learner.network import Network
 from tests.shared import SMALL_CASE
 
 
@@ -30,9 +31,9 @@ def _complaints(counts_now: dict[str, int], expected: dict[str, int]) -> list[st
 def test_gate_sees_a_second_source_pass(expected_counts: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     once = L2T.source_features
 
-    def twice(self: L2T, x: torch.Tensor) -> list[torch.Tensor]:
-        once(self, x)
-        return once(self, x)
+    def twice(self: L2T, *args: Any) -> list[torch.Tensor]:
+        once(self, *args)
+        return once(self, *args)
 
     monkeypatch.setattr(L2T, "source_features", twice)
     found = _complaints(gate.engine_counts(SMALL_CASE), expected_counts)
@@ -41,13 +42,13 @@ def test_gate_sees_a_second_source_pass(expected_counts: dict[str, int], monkeyp
 
 
 def test_gate_sees_more_memory(expected_counts: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, kept = L2T.all_target_outputs, []
+    forward, kept = Network.run, []
 
-    def hoarding(self: L2T, *args: Any, **options: Any) -> Any:
+    def hoarding(self: Network, *args: Any, **options: Any) -> Any:
         kept.append(torch.zeros(expected_counts["saved_bytes"] // 40))
         return forward(self, *args, **options)
 
-    monkeypatch.setattr(L2T, "all_target_outputs", hoarding)
+    monkeypatch.setattr(Network, "run", hoarding)
     found = _complaints(gate.engine_counts(SMALL_CASE), expected_counts)
     assert any("saved_bytes" in complaint for complaint in found)
 
