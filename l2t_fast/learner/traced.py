@@ -50,9 +50,9 @@ class TracedNetwork:
         simulated: bool = False,
     ) -> Outputs:
         """See `Network.run`; `buffers` are written in place."""
-        graph = self._simulated if simulated else self._graph
+        graph, known = (self._simulated, self._buffers[1]) if simulated else (self._graph, self._buffers[0])
         state = {name: p for name, p in (parameters or {}).items() if name in self.parameters}
-        state |= {name: b for name, b in (buffers or {}).items() if name in self._buffers[simulated]}
+        state |= {name: b for name, b in (buffers or {}).items() if name in known}
         found = torch.func.functional_call(graph, state, (x,)) if state else graph(x)
         features = [found[f"tap{i}"] for i in range(len(self._network.taps))]
         logits = self._network.logits_of(found[_OUTPUT]) if _OUTPUT in found else None
