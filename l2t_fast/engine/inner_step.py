@@ -20,6 +20,7 @@ from l2t_fast.learner.attributes import apart, read_attributes, set_attributes
 from l2t_fast.learner.learner import L2T, Networks
 from l2t_fast.learner.network import Outputs, Runs
 from l2t_fast.learner.places import buffers_of
+from l2t_fast.learner.reach import nodes_of
 
 Theta = dict[str, Tensor]
 
@@ -206,8 +207,7 @@ class _PullBack:
     """`torch.func.vjp` with auxiliary outputs by plain autograd, under which any Python runs as it always does.
 
     constant: nobody will differentiate what it gives with respect to θ. Called with the cotangents of `outputs`, it
-    leaves out what these do not reach; it is differentiable where gradients
-    are enabled.
+    leaves out what these do not reach; it is differentiable where gradients are enabled.
     """
 
     def __init__(
@@ -238,19 +238,8 @@ def _variables(tensors: Theta) -> Theta:
 def _upstream(outputs: Sequence[Tensor], leaves: Theta) -> set[str]:
     """The names of the leaves of autograd that the outputs depend on."""
     names = {id(p): name for name, p in leaves.items()}
-    nodes: list[Any] = [y.grad_fn for y in outputs]
-    seen: set[Any] = set()
-    found: set[str] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            found.add(names[id(variable)])
-        nodes += [following for following, _ in node.next_functions]
-    return found
+    reached = {id(getattr(node, "variable", None)) for node in nodes_of(outputs)}
+    return {names[leaf] for leaf in names.keys() & reached}
 
 
 def _given(grads: Mapping[str, Tensor | None]) -> Theta:

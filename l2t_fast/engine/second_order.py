@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from l2t_fast.errors import UnfitError
+from l2t_fast.learner.reach import nodes_of
 from l2t_fast.learner.undisturbed import undisturbed
 
 
@@ -205,16 +206,9 @@ def _raise_what_grad_passes_over(values: Sequence[Tensor]) -> None:
 
     It hangs beside the way to the inputs, where `torch.autograd.grad` never goes: without this, terms would be missing.
     """
-    nodes: list[Any] = [x.grad_fn for x in values]
-    seen = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_of(values):
         if node.name() == "torch::autograd::Error":
             node(values[0])
-        nodes += [following for following, _ in node.next_functions]
 
 
 def _culprit(module: nn.Module, run: Callable[[], Any]) -> tuple[str, nn.Module, Exception] | None:

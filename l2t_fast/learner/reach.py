@@ -5,7 +5,7 @@ closure, a tuple, a graph made before) would compute with the wrong value there,
 it. So it runs once with stand-ins of the same values, and once more while the parameters themselves are NaN.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,16 +144,21 @@ def _same(one: Sequence[Tensor], other: Sequence[Tensor] | None) -> bool:
 def _check_graph(network: Network, ends: Sequence[Tensor]) -> None:
     """Raises L2TError where autograd would lead to a parameter itself."""
     names = {id(p): name for name, p in network.parameters.items() if p.requires_grad}
-    nodes: list[Any] = [y.grad_fn for y in ends]
-    seen: set[Any] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_of(ends):
         if (name := names.get(id(getattr(node, "variable", None)))) is not None:
             raise _around(name, network.role)
-        nodes += [following for following, _ in node.next_functions]
+
+
+def nodes_of(outputs: Sequence[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph that leads to these, once; that of a leaf has it as `variable`."""
+    waiting: list[Any] = [y.grad_fn for y in outputs]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
 
 
 @torch.no_grad()
