@@ -1,0 +1,151 @@
+"""The device code of the matching operators: what is between the products, in one pass; `difference.py` launches it.
+
+Of a target layer with C channels and all its pairs, whose source channels stand side by side in K columns, a program
+owns a tile [BP positions, BS columns of one pair]. It forms d = r T + bias − R(S) there and gives
+
+    gradient   G = k a d, and the sums of G over the tile's positions; Σ_ij d² of its samples (SUMS)
+    adjoint    k a H and G beside each other, the sums of k a H; Σ_ij d H (SUMS)
+
+with H = r u_T + u_r T + u_bias and k = 2/HW. The products with G and k a H are left to cuBLAS.
+
+Features are rows of channels: position ij = y W + x of sample b is row b HW + ij. WHOLE tiles lie within one sample and
+give one sum a column; others are rows as they come, of layers so small that their terms are summed afterwards.
+Sums are kept in DTYPE and nothing is added atomically: two runs give the same bits.
+"""
+
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from l2t_fast.kernels.triton_functions import pick
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter's tl.dot knows no bf16
+
+
+@triton.jit
+def _rounded(x, PRECISION: tl.constexpr):
+    """x as TF32 products take it, rounded to nearest: Hopper's would cut it off."""
+    if PRECISION == "tf32" and not INTERPRETED:
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
+def _dot(x, y, total, PRECISION: tl.constexpr):
+    """total + x y."""
+    if INTERPRETED:
+        x, y = x.to(total.dtype), y.to(total.dtype)
+    return tl.dot(x, y, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def _neighbours(i, n, N, dtype: tl.constexpr):
+    """Bilinear resize of n to N (align_corners=False): the two source indices of i and the weight of the second.
+
+    The source coordinate (i + 1/2) n/N − 1/2 = ((2i + 1) n − N) / 2N is split into integer and fraction exactly.
+    """
+    numerator = tl.maximum((2 * i + 1) * n - N, 0)
+    low = numerator // (2 * N)
+    return low, tl.minimum(low + 1, n - 1), (numerator - low * (2 * N)).to(dtype) / (2 * N)
+
+
+@triton.jit
+def _gathered(S, b, ij, C_s, h, w, H, W, s, mask, dtype: tl.constexpr):
+    """R(S)[b, s, ij]: [BP, BS], gathered from the source's own resolution."""
+    y0, y1, v = _neighbours(ij // W, h, H, dtype)
+    x0, x1, u = _neighbours(ij % W, w, W, dtype)
+    o_0, o_1 = b * (h * w) + y0 * w, b * (h * w) + y1 * w
+    columns = s[None, :]
+    top = tl.load(S + (((o_0 + x0) * C_s)[:, None] + columns), mask=mask, other=0.0).to(dtype) * (1 - u)[:, None]
+    top += tl.load(S + (((o_0 + x1) * C_s)[:, None] + columns), mask=mask, other=0.0).to(dtype) * u[:, None]
+    low = tl.load(S + (((o_1 + x0) * C_s)[:, None] + columns), mask=mask, other=0.0).to(dtype) * (1 - u)[:, None]
+    low += tl.load(S + (((o_1 + x1) * C_s)[:, None] + columns), mask=mask, other=0.0).to(dtype) * u[:, None]
+    return top * (1 - v)[:, None] + low * v[:, None]
+
+
+@triton.jit(do_not_specialize=["batch"])  # a smaller last batch must not compile it anew
+def difference_kernel(
+    T, u_T, sources, r, u_r, bias, u_bias, a, G, tile_sums, sums, blocks, batch, C, H, W, K, columns,
+    BP: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    ADJOINT: tl.constexpr, PRODUCTS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """See above. r, u_r [K, C], bias, u_bias [K]; a [batch, columns], this layer's first; G [batch HW, K or 2 K];
+    tile_sums [tiles, K]; sums [tiles, K], or of tiles that are not WHOLE [batch HW, K]."""
+    X: tl.constexpr = T.dtype.element_ty
+    row = blocks + tl.program_id(0) * 8
+    i, s0, first = tl.load(row), tl.multiple_of(tl.load(row + 1), BS), tl.multiple_of(tl.load(row + 2), ALIGN)
+    C_s, h, w = tl.multiple_of(tl.load(row + 3), ALIGN), tl.load(row + 4), tl.load(row + 5)
+    HW = H * W
+    tile = tl.program_id(1)
+    j = tl.arange(0, BP)
+    if WHOLE:
+        tiles = tl.cdiv(HW, BP)
+        b0 = tile // tiles
+        b = tl.zeros((BP,), tl.int32)
+        ij = (tile % tiles) * BP + j
+        ok = ij < HW
+        rows = ij
+    else:
+        b0 = tile * BP // HW
+        rows = tile * BP + j - b0 * HW  # of sample b0 and those after it
+        b, ij = rows // HW, rows % HW
+        ok = b0 + b < batch
+    s = s0 + tl.arange(0, BS)
+    s_ok = s < C_s
+    mask = ok[:, None] & s_ok[None, :]
+    start = b0.to(tl.int64) * HW  # row
+    T += start * C
+    u_T += start * C
+    d = tl.zeros((BP, BS), DTYPE)
+    h_sum = tl.zeros((BP, BS), DTYPE)  # H of the formula
+    for c0 in range(0, C, STEP):
+        c = c0 + tl.arange(0, STEP)
+        t_mask, r_mask = ok[:, None], s_ok[:, None]
+        if not EVEN:
+            t_mask, r_mask = t_mask & (c < C)[None, :], r_mask & (c < C)[None, :]
+        o_t, o_r = (rows * C)[:, None] + c[None, :], ((first + s) * C)[:, None] + c[None, :]
+        t = _rounded(tl.load(T + o_t, mask=t_mask, other=0.0), PRECISION)  # [BP, STEP]
+        r_tile = _rounded(tl.load(r + o_r, mask=r_mask, other=0.0), PRECISION)  # [BS, STEP]
+        d = _dot(t, r_tile.T, d, PRECISION)
+        if ADJOINT:
+            u_t = _rounded(tl.load(u_T + o_t, mask=t_mask, other=0.0), PRECISION)
+            u_r_tile = _rounded(tl.load(u_r + o_r, mask=r_mask, other=0.0), PRECISION)
+            h_sum = _dot(u_t, r_tile.T, h_sum, PRECISION)
+            h_sum = _dot(t, u_r_tile.T, h_sum, PRECISION)
+    S = pick(sources, i, 0, len(sources)) + b0.to(tl.int64) * (h * w * C_s)
+    if (h == H) & (w == W):
+        S_tile = tl.load(S + ((rows * C_s)[:, None] + s[None, :]), mask=mask, other=0.0).to(DTYPE)
+    else:
+        S_tile = _gathered(S, b, ij, C_s, h, w, H, W, s, mask, DTYPE)
+    at_columns = first + s
+    d += tl.load(bias + at_columns, mask=s_ok, other=0.0).to(DTYPE)[None, :] - S_tile
+    d = tl.where(mask, d, 0.0)
+    if ADJOINT:
+        h_sum += tl.load(u_bias + at_columns, mask=s_ok, other=0.0).to(DTYPE)[None, :]
+        h_sum = tl.where(mask, h_sum, 0.0)
+    if SUMS:
+        terms = d * h_sum if ADJOINT else d * d
+        if WHOLE:
+            tl.store(sums + (tile.to(tl.int64) * K + at_columns), tl.sum(terms, 0), mask=s_ok)
+        else:
+            tl.store(sums + (start * K + ((rows * K)[:, None] + at_columns[None, :])), terms, mask=mask)
+    if PRODUCTS:
+        a += b0.to(tl.int64) * columns
+        if WHOLE:
+            ka = tl.load(a + at_columns, mask=s_ok, other=0.0).to(DTYPE)[None, :] * 2 / HW
+        else:
+            ka = tl.load(a + ((b * columns)[:, None] + at_columns[None, :]), mask=mask, other=0.0).to(DTYPE) * 2 / HW
+        width = 2 * K if ADJOINT else K
+        G += start * width
+        o_G = (rows * width)[:, None] + at_columns[None, :]
+        g = d * ka
+        total = g
+        if ADJOINT:
+            total = h_sum * ka
+            tl.store(G + o_G, total.to(X), mask=mask)
+            tl.store(G + (o_G + K), g.to(X), mask=mask)
+        else:
+            tl.store(G + o_G, g.to(X), mask=mask)
+        tl.store(tile_sums + (tile.to(tl.int64) * K + at_columns), tl.sum(total, 0), mask=s_ok)
