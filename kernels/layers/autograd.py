@@ -49,6 +49,21 @@ class Last(torch.autograd.Function):
         )
 
 
+# A gradient that sums to zero over each channel: BatchNorm takes the mean out of what it gives, so that a bias in front
+# of it has the gradient zero, and its cotangent no effect.
+
+
+def mark_zero_sums(g: Tensor) -> None:
+    """Says so of g [B, C, H, W], as long as it is not written to."""
+    if type(g) is Tensor:
+        g.zero_sums = g._version  # type: ignore[attr-defined]
+
+
+def has_zero_sums(g: Tensor) -> bool:
+    """Whether g was marked; a tensor that was made of a marked one (a sum, what a hook gives) is not."""
+    return type(g) is Tensor and getattr(g, "zero_sums", None) == g._version
+
+
 # Parameters in lower precision, all at once: many small casts would cost a launch each.
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted
+from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted, mark_zero_sums
 
 _aten = torch.ops.aten
 
@@ -47,7 +47,9 @@ class BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> Any:
         if g is None:
             return None, None, None, None
-        return *BatchNormBackward.apply(g, *ctx.saved_tensors), None
+        g_x, g_gamma, g_beta = BatchNormBackward.apply(g, *ctx.saved_tensors)
+        mark_zero_sums(g_x)
+        return g_x, g_gamma, g_beta, None
 
 
 class BatchNormBackward(torch.autograd.Function):

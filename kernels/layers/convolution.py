@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted
+from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted, has_zero_sums
 
 _aten = torch.ops.aten
 
@@ -47,17 +47,22 @@ class ConvolutionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, w: Tensor, mask: Sequence[bool], *geometry: Any) -> tuple[Tensor | None, ...]:
-        return _convolve_backward(g, x, w, mask, geometry)
+        if not (mask[2] and g.is_cuda and has_zero_sums(g)):  # on a CPU it comes along for nothing
+            return _convolve_backward(g, x, w, mask, geometry)
+        g_x, g_w, _ = _convolve_backward(g, x, w, (*mask[:2], False), geometry)
+        return g_x, g_w, g.new_zeros(w.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         g, x, w, _, *ctx.geometry = inputs
         ctx.wanted = derivatives_wanted(ctx.needs_input_grad[:3])
+        ctx.of_bias = not has_zero_sums(g)
         ctx.save_for_backward(g, x, w)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *u: Tensor | None) -> Any:
+    def backward(ctx: Any, u_x: Tensor | None, u_w: Tensor | None, u_bias: Tensor | None) -> Any:
+        u = u_x, u_w, u_bias if ctx.of_bias else None
         v = Last.apply(_convolution_adjoint, *u, *ctx.saved_tensors, ctx.wanted, ctx.geometry)
         return *v, None, None, None, None, None
 
