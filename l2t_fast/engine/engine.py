@@ -14,7 +14,7 @@ from l2t_fast.engine.checks import Images
 from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, units_of
 from l2t_fast.engine.iteration import Iteration
 from l2t_fast.engine.modes import Draws, check_capture, choose_mode
-from l2t_fast.engine.precision import arithmetic, images, lay_out
+from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible
 from l2t_fast.engine.second_order import SecondOrder, examine
 from l2t_fast.engine.state import Trained, check_fits
 from l2t_fast.errors import L2TError
@@ -256,7 +256,7 @@ class Engine:
         x = torch.zeros(2, *self.learner.image_shape, dtype=dtype, device=self._device)
         with generators_kept(self._device):
             x.normal_()
-        with SecondOrder().context():
+        with reproducible(self._device), SecondOrder().context():
             check_reach(network, x, again=bool(self.trained.phi))
         if not self.trained.phi:
             return None
@@ -303,7 +303,8 @@ class Engine:
         units = units_of(self.scheme, self.inner_steps, self.learner.uses_sources, bool(self.trained.phi))
         ready = self._ready(tensors)
         try:
-            steps = compiled_steps(self.learner, self.beta, units, self._say)
+            with reproducible(self._device):  # the networks are traced, and the graphs proved equal
+                steps = compiled_steps(self.learner, self.beta, units, self._say)
             with generators_kept(self._device):
                 self._iteration.real_gradient(steps, self._iteration.matching(steps, ready).batches[0])
                 if self.trained.phi:

@@ -1,5 +1,6 @@
 """Arithmetic of an engine: what its networks are computed in, and PyTorch's switches for it."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,28 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
         for switch, value in zip(newer, before, strict=True):
             switch.fp32_precision = value
         backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """For trials that compare two passes: float32, and the same bits again wherever PyTorch has kernels that give them.
+
+    Where it has none it would warn, which is silenced; where the user wants an error instead there is one.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    mode, deterministic = torch.get_deterministic_debug_mode(), cudnn.deterministic
+    with arithmetic("fp32", device), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*determinis")
+        try:
+            cudnn.benchmark, cudnn.deterministic = False, True  # `arithmetic` puts the first back
+            torch.set_deterministic_debug_mode(max(mode, 1))
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            cudnn.deterministic = deterministic
 
 
 def layout(precision: Precision) -> torch.memory_format:
