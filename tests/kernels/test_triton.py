@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime import interpreter
 
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.matching import aten, ops, plan, triton_launch
-from l2t_fast.kernels.matching.blocks import CONFIGS
+from benchmarks.shapes import MATCHING_SHAPES
+from l2t_fast.kernels.matching import aten, blocks, ops, triton_launch
 from tests.kernels.shared import MANY, SHAPES, SMALL_SHAPES, flat, random_inputs
 
 pytestmark = pytest.mark.core
@@ -94,43 +94,26 @@ def check(inputs: list, u: list) -> tuple[Tensor, ...]:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels, as they are launched."""
-    names: list[str] = []
-    kernels = {
-        "position": triton_launch.position_kernel,
-        "channel": triton_launch.channel_kernel,
-        "reduction": triton_launch.reduction_kernel,
-    }
-    for name, kernel in kernels.items():
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The grid of each launch of the kernel."""
+    grids: list[tuple[int, ...]] = []
+    run = triton_launch.difference_kernel.run
 
-        def run(*args: Any, name: str = name, original: Callable[..., Any] = kernel.run, **kwargs: Any) -> Any:
-            names.append(name)
-            return original(*args, **kwargs)
+    def recorded(*args: Any, grid: tuple[int, ...], **kwargs: Any) -> Any:
+        grids.append(grid)
+        return run(*args, grid=grid, **kwargs)
 
-        monkeypatch.setattr(kernel, "run", run)
-    return names
+    monkeypatch.setattr(triton_launch.difference_kernel, "run", recorded)
+    return grids
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks so small, and a workspace so large, that tiny shapes have several of each, and split samples."""
-    table = {
-        key: dataclasses.replace(pinned, chunk=16, tile=256, positions=16, channels=16, step=16, waves=100)
-        for key, pinned in CONFIGS["interpreter"].items()
-    }
-    monkeypatch.setitem(CONFIGS, launch.device_properties(DEVICE)[0], table)
-    monkeypatch.setattr(plan, "WORKSPACE", 100.0)
-    for module in (plan, triton_launch):
-        monkeypatch.setattr(module, "REDUCED", 64)
-    clear_plans()
-    yield
-    clear_plans()
-
-
-def clear_plans() -> None:
-    plan.position_launch.cache_clear()
-    plan.channel_launch.cache_clear()
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that tiny shapes have several of each, and one sample in a slice."""
+    arch = launch.device_properties(DEVICE)[0]
+    table = {key: dataclasses.replace(b, positions=16, channels=16, step=16) for key, b in blocks.table(arch).items()}
+    monkeypatch.setitem(blocks.BLOCKS, arch, table)
+    monkeypatch.setattr(triton_launch, "SLICE", 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -170,12 +153,12 @@ def test_parameters_need_not_be_contiguous() -> None:
     check([T, S, projections, biases, a, *indices], [u_T, u_r, u_bias])
 
 
-def test_small_blocks(small_blocks: None, launches: list[str]) -> None:
-    """Several chunks of C_t, blocks of C_s, steps of both products, tiles of H·W, and splits of the samples."""
+def test_small_blocks(small_blocks: None, launches: list[tuple[int, ...]]) -> None:
+    """Several blocks of C_s, steps of C_t, tiles of H·W, and slices of the samples."""
     shapes = [(18, 3, 3), (3, 5, 4)], [(33, 5, 4), (17, 2, 2)], [(0, 0), (1, 1)]
     inputs, u = problem(shapes, batch=5)
     check(laid_out(inputs, ["contiguous", "channels last"], ["channels last", "contiguous"]), u)
-    assert launches == ["position", "channel", "reduction"] * 2
+    assert launches == ([(2, 2)] * 5 + [(1, 1)] * 5) * 2
 
 
 @st.composite
@@ -224,7 +207,7 @@ def rounding_of_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["fp32", "bf16", "bf16 and fp32"],
 )
 def test_precision(features: torch.dtype, parameters: torch.dtype, rounding_of_hardware: None) -> None:
-    """The error of every output is at most 1.2 times ATen's in the same dtypes.
+    """The error of every output is at most 1.2 times ATen's in the same dtypes, or of float32 a few last bits.
 
     Error: the difference to float64 on the same rounded inputs, as a Frobenius norm relative to the output's; the root
     mean square of 6 draws.
@@ -239,7 +222,8 @@ def test_precision(features: torch.dtype, parameters: torch.dtype, rounding_of_h
         for result, errors in zip(results, (ours, atens), strict=True):
             errors.append([((x.double() - y).norm() / y.norm()).item() for x, y in zip(result, exact, strict=True)])
     our, theirs = (torch.tensor(errors).square().mean(0).sqrt() for errors in (ours, atens))
-    assert (our <= 1.2 * theirs).all(), our / theirs
+    rounding = 2**-22 if features == torch.float32 else 0.0  # of sums in another order
+    assert ((our <= 1.2 * theirs) | (our <= rounding)).all(), our / theirs
 
 
 MARGIN = 64  # elements; keeps the alignment
@@ -273,7 +257,7 @@ def test_poisoned_memory(blocks: str, request: pytest.FixtureRequest) -> None:
     if blocks == "small":
         request.getfixturevalue("small_blocks")
     problems = [problem(shapes) for shapes in (MANY, ([(17, 3, 3)], [(33, 5, 3)], [(0, 0)]))]
-    launches, poisoned = request.getfixturevalue("launches"), request.getfixturevalue("poisoned")
+    poisoned = request.getfixturevalue("poisoned")
     for (inputs, u), targets in zip(problems, (["contiguous", "channels last"], ["permuted"]), strict=True):
         ours = check(laid_out(inputs, targets, ["channels last", "sliced"]), u)
         assert len(poisoned) > len(ours)  # a workspace, too
@@ -281,60 +265,68 @@ def test_poisoned_memory(blocks: str, request: pytest.FixtureRequest) -> None:
             assert buffer[:MARGIN].isnan().all()
             assert buffer[MARGIN + elements :].isnan().all()
         poisoned.clear()
-    assert blocks == "pinned" or "reduction" in launches
 
 
 @pytest.mark.parametrize("pairs", [1, 12])
-def test_launches(pairs: int, launches: list[str], small_blocks: None) -> None:
-    """One for each kernel at most, whatever the number of pairs, targets and splits."""
+def test_launches(pairs: int, launches: list[tuple[int, ...]]) -> None:
+    """One for each target layer, whatever the number of pairs."""
     sources, targets = [(3, 2, 2), (5, 1, 1), (4, 3, 3), (2, 1, 1)], [(4, 2, 2), (3, 2, 2), (2, 2, 2)]
     every = [(m, n) for m in range(4) for n in range(3)][:pairs]
     inputs, u = problem((sources, targets, every), batch=8)
 
-    def launched(operator: Callable[..., Any], *arguments: Any) -> list[str]:
+    def launched(operator: Callable[..., Any], *arguments: Any) -> int:
         launches.clear()
         operator(*arguments)
-        return launches.copy()
+        return len(launches)
 
-    three = ["position", "channel", "reduction"]
-    assert launched(triton_launch.matching_distances, *inputs[:4], *inputs[5:]) == ["channel"]
-    assert launched(triton_launch.matching_gradient, *inputs, True) == three
-    assert launched(triton_launch.matching_gradient, *inputs, False) == three
-    assert launched(triton_launch.matching_adjoint, *inputs[:5], *u, *inputs[5:], True) == three
-    assert launched(triton_launch.matching_adjoint, *inputs[:5], *u, *inputs[5:], False) == ["channel"]
+    layers = len({n for _, n in every})
+    assert launched(triton_launch.matching_distances, *inputs[:4], *inputs[5:]) == layers
+    for distances in (True, False):
+        assert launched(triton_launch.matching_gradient, *inputs, distances) == layers
+    for primal in (True, False):
+        assert launched(triton_launch.matching_adjoint, *inputs[:5], *u, *inputs[5:], primal) == layers
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 1000])
+@pytest.mark.parametrize("bytes_of_a_sample", [0, 1, 2**20, triton_launch.SLICE - 1, 3 * triton_launch.SLICE])
+def test_slices(batch: int, bytes_of_a_sample: int) -> None:
+    """They cover all samples once, and hold the workspace to its bound where one sample is within it."""
+    slices = list(triton_launch._slices(batch, bytes_of_a_sample))
+    assert [b for part in slices for b in range(batch)[part]] == list(range(batch))
+    longest = max(part.stop - part.start for part in slices)
+    assert longest == 1 or longest * bytes_of_a_sample <= triton_launch.SLICE
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-def test_launches_of_a_profile() -> None:
-    """Nothing else runs on the GPU: no copies, no casts."""
-    inputs, u = problem(MANY)
-
-    def kernels(operator: Callable[..., Any], *arguments: Any) -> int:
-        operator(*arguments)  # compiles, and makes the plan
+@pytest.mark.parametrize("case", ["cifar", "imagenet"])
+def test_the_workspace_is_within_its_bound(case: str) -> None:
+    """Beside the results: a slice of G, its sums, and what stands side by side."""
+    batch, sources, targets = MATCHING_SHAPES[case]
+    pairs = [(m, n) for m in range(len(sources)) for n in range(len(targets))]
+    inputs, u = problem((sources, targets, pairs), batch, features=torch.bfloat16, parameters=torch.float32)
+    inputs = laid_out(inputs, ["channels last"], ["channels last"])
+    u[0] = [LAYOUTS["channels last"](x) for x in u[0]]
+    for primal in (True, False):
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            operator(*arguments)
-            torch.cuda.synchronize()
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-    assert kernels(triton_launch.matching_distances, *inputs[:4], *inputs[5:]) == 1
-    assert 2 <= kernels(triton_launch.matching_gradient, *inputs, True) <= 3
-    assert 2 <= kernels(triton_launch.matching_adjoint, *inputs[:5], *u, *inputs[5:], True) <= 3
-    assert kernels(triton_launch.matching_adjoint, *inputs[:5], *u, *inputs[5:], False) == 1
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = triton_launch.matching_adjoint(*inputs[:5], *u, *inputs[5:], primal)
+        kept = torch.cuda.memory_allocated() - before
+        assert torch.cuda.max_memory_allocated() - before - kept < 1.5 * triton_launch.SLICE
+        del results
 
 
 @pytest.mark.parametrize("blocks", ["pinned", "small"])
 def test_the_same_bits_again(blocks: str, request: pytest.FixtureRequest) -> None:
-    """And the plan is made once."""
+    """And the table of blocks is made once."""
     if blocks == "small":
         request.getfixturevalue("small_blocks")
     inputs, u = problem(MANY, features=torch.float32)
     first = gradient_and_adjoint(triton_launch, inputs, u)
-    caches = plan.position_launch, plan.channel_launch
-    misses = [cache.cache_info().misses for cache in caches]
+    misses = triton_launch._table.cache_info().misses
     assert all(map(torch.equal, first, gradient_and_adjoint(triton_launch, inputs, u)))
-    assert [cache.cache_info().misses for cache in caches] == misses
+    assert triton_launch._table.cache_info().misses == misses
 
 
 @pytest.mark.parametrize(
