@@ -28,6 +28,7 @@ EXACT = 1e-9  # relative, float64
 TOLERANCE = 1.5  # times PyTorch's own error in the same precision
 ROUNDING = 5e-6  # relative, of float32 in whatever order, past the early chaos (CONTRIBUTING.md)
 BATCHES = 2  # that a contender is compared on
+FEW = 2  # algorithms of cuDNN: the first may refuse
 CHECK_BATCH = {"cpu": 4, "cuda": 8}  # images of each: in float64, all that are timed would take minutes
 
 
@@ -49,14 +50,14 @@ def gradient_error(gradient: Gradient, exact: Gradient) -> float:
 def first_algorithms(device: torch.device) -> Iterator[None]:
     """cuDNN takes the first algorithm, not the fastest of many: for shapes that are run a few times and never timed.
 
-    The engine switches cuDNN's benchmark on while it runs: there it may look at one.
+    The engine switches cuDNN's benchmark on while it runs: there it may look at a few.
     """
     if device.type != "cuda":
         yield
         return
     cudnn: Any = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.benchmark_limit
-    cudnn.benchmark, cudnn.benchmark_limit = False, 1
+    cudnn.benchmark, cudnn.benchmark_limit = False, FEW
     try:
         yield
     finally:

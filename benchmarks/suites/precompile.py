@@ -142,7 +142,7 @@ def precompile_rows(jobs: Iterable[Job], processes: int) -> Iterator[Row]:
             new = [one for one in future.result() if one not in seen]
             yield row | {"launches": len(future.result()), "new": len(new)}
             seen.update(new)
-            for one in new:
+            for one in sorted(new, key=lambda one: "matching" not in one.module):  # those that take long first
                 described = {"case": case, "precision": precision, "kernel": one.kernel}
                 compiling[pool.submit(_compile, one)] = {"kind": "precompile", **described}
         for done in as_completed(compiling):
