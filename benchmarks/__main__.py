@@ -14,7 +14,7 @@ from l2t_fast.errors import L2TError
 # {command: (module, what it answers)}
 COMMANDS = {
     "run": ("run", "what a CPU can tell, or a GPU in time without limit; --quick: within 5 minutes on 2 cores"),
-    "gpu": ("gpu", "everything that a GPU owes, within 9 minutes: tests, iterations, operators, breakdown"),
+    "gpu": ("gpu", "everything that a GPU owes, stage by stage: tests, iterations, operators, breakdown"),
     "gate": ("suites.gate", "has anything become worse? counts and ratios against expectations.json, for CI"),
     "compare": ("report.compare", "what differs between two results files"),
     "report": (
@@ -29,6 +29,7 @@ COMMANDS = {
     "jobs": ("suites.jobs", "trainings a minute with one, two, ... side by side"),
     "sensitivity": ("suites.sensitivity", "how much of the meta-gradient is signal, along a training"),
     "aot": ("suites.aot", "compile every Triton kernel ahead of time, for every architecture; needs no GPU"),
+    "precompile": ("suites.precompile", "compile the engine's Triton kernels side by side, for this GPU"),
     "tune": ("suites.tune", "look for faster blocks of the Triton kernels"),
 }
 

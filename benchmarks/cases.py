@@ -97,7 +97,7 @@ class Case:
 @functools.cache
 def _warm_state(case: Case, device: torch.device) -> State:
     learner = case.learner(device, torch.float32)
-    engine = Engine(learner, lr=0.05, inner_steps=case.inner_steps)
+    engine = Engine(learner, lr=0.05, inner_steps=case.inner_steps, mode="eager")
     for seed in range(WARM_UP):
         engine.step(*case.images(1000 + seed, device, torch.float32))
     return {name: copy.deepcopy(getattr(learner, name).state_dict()) for name in MODULES}

@@ -1,6 +1,7 @@
 """Stages of `run` and `gpu`: each a process of its own with a time limit.
 
-Rows are in the file before the next is measured: whatever is killed, what was measured stays.
+Rows are in the file before the next is measured, and all that a stage says is at once in a file beside them: whatever
+is killed, what was measured stays.
 """
 
 import argparse
@@ -10,7 +11,9 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from time import perf_counter
+from typing import IO
 
 from benchmarks.report.markdown import write
 from benchmarks.rows import append, begin, say
@@ -18,6 +21,7 @@ from l2t_fast.environment import PATIENT
 
 ROOT = Path(__file__).parents[1]
 SWEEP = ("--sweep", "1", "4", "8", "16")  # T
+LAST_WORDS = 5.0  # seconds; a process that a stage left behind may hold its pipe for ever
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,18 @@ def carry_out(todo: list[Stage], shared: list[str], output: Path) -> bool:
 
     What a stage leaves of its time is the next one's, so that limits bound the whole.
     """
-    well, spare = True, 0.0
+    well, spare, log = True, 0.0, output.with_suffix(".log")
     for stage in todo:
-        say(f"== {stage.name}")
+        _tell(f"== {stage.name}", log)
         command = [sys.executable, "-m", stage.module, *stage.arguments, *stage.data]
         command += ["--output", str(output), *shared] if stage.writes else []
         start = perf_counter()
-        environment = {**PATIENT, "PYTHONWARNINGS": "ignore", **os.environ}  # warnings of others' old code
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment)
+        # Warnings are of others' old code.
+        environment = {**PATIENT, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", **os.environ}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment, **pipes)
+        teller = Thread(target=_pass_on, args=(process.stdout, log), daemon=True)
+        teller.start()
         try:
             code = process.wait(stage.limit + spare)
             outcome = "done" if code == 0 else f"ended with {code}"
@@ -68,12 +76,29 @@ def carry_out(todo: list[Stage], shared: list[str], output: Path) -> bool:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            teller.join(LAST_WORDS)
         seconds = perf_counter() - start
         append(output, {"kind": "stage", "stage": stage.name, "seconds": seconds, "outcome": outcome})
-        say(f"== {outcome} in {seconds:.0f} s")
+        _tell(f"== {outcome} in {seconds:.0f} s", log)
         well &= outcome == "done"
         spare = max(0.0, stage.limit + spare - seconds)
     return well
+
+
+def _pass_on(words: IO[bytes], log: Path) -> None:
+    """What a stage says, as it says it: to stderr and into the log."""
+    with words, log.open("ab") as file:
+        while piece := os.read(words.fileno(), 2**16):
+            file.write(piece)
+            file.flush()
+            sys.stderr.write(piece.decode(errors="replace"))
+            sys.stderr.flush()
+
+
+def _tell(text: str, log: Path) -> None:
+    say(text)
+    with log.open("a") as file:
+        file.write(text + "\n")
 
 
 def perform(command: str, todo: list[Stage], arguments: argparse.Namespace) -> int:

@@ -3,13 +3,19 @@
 In float64 a contender must agree with the reference (EXACT). In its own precision its error may be TOLERANCE times
 PyTorch's own in that precision; in float32 an error below ROUNDING will do as well, since at that size the ratio of two
 errors is a matter of chance.
+
+That is judged on few images, by contenders of their own. What is timed has another size, so another graph and, under
+torch.compile, other code: it must in addition be a replay, of which `replay` sees that it computes what launches do.
 """
 
+import gc
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +28,8 @@ EXACT = 1e-9  # relative, float64
 TOLERANCE = 1.5  # times PyTorch's own error in the same precision
 ROUNDING = 5e-6  # relative, of float32 in whatever order, past the early chaos (CONTRIBUTING.md)
 BATCHES = 2  # that a contender is compared on
-CHECK_BATCH = 4  # images of each on a CPU; on a GPU as many as are timed
+FEW = 2  # algorithms of cuDNN: the first may refuse
+CHECK_BATCH = {"cpu": 4, "cuda": 8}  # images of each: in float64, all that are timed would take minutes
 
 
 def relative_error(tensors: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
@@ -39,17 +46,37 @@ def gradient_error(gradient: Gradient, exact: Gradient) -> float:
     return relative_error([gradient[name] for name in exact], exact.values())
 
 
+@contextmanager
+def first_algorithms(device: torch.device) -> Iterator[None]:
+    """cuDNN takes the first algorithm, not the fastest of many: for shapes that are run a few times and never timed.
+
+    The engine switches cuDNN's benchmark on while it runs: there it may look at a few.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.benchmark_limit
+    cudnn.benchmark, cudnn.benchmark_limit = False, FEW
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.benchmark_limit = before
+
+
 class Judge:
     """Compares contenders with the reference in float64."""
 
     def __init__(self, case: Case, device: torch.device, batches: int = BATCHES) -> None:
-        self.case = case if device.type == "cuda" else replace(case, batch=min(case.batch, CHECK_BATCH))
+        self.case = replace(case, batch=min(case.batch, CHECK_BATCH[device.type]))
         self.device = device
-        self.state = case.warm_state(device)
         self._seeds = range(batches)
-        exact = contender(REFERENCE, self.case, self.state, device, True, None)
-        self._exact = [exact.meta_gradient(*self.images(seed, torch.float64)) for seed in self._seeds]
+        with first_algorithms(device):
+            self.state = case.warm_state(device)
+            exact = contender(REFERENCE, self.case, self.state, device, True, None)
+            self._exact = [exact.meta_gradient(*self.images(seed, torch.float64)) for seed in self._seeds]
         self._usual: dict[str, float] = {}  # PyTorch's own error in each precision
+        self._launched: dict[tuple[Way, Case], Gradient] = {}  # by engines in mode eager, on all images
 
     def images(self, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.case.images(seed, self.device, dtype)
@@ -66,22 +93,45 @@ class Judge:
             self._usual[precision] = self.error(plain)
         return self._usual[precision]
 
-    def verdict(self, way: Way, one: Contender, double: Contender | None) -> Row:
-        """What a row says of its correctness; `double` is the same way in float64, where that is to be had."""
-        usual = self.usual_error(way.precision)
-        if way.by == "reference":  # what the others are held against
-            return {"error": usual, "error_pytorch": usual, "error_float64": 0.0, "correct": True}
-        error = self.error(one)
-        rounding = way.precision == "fp32" and error <= ROUNDING
-        row = {"error": error, "error_pytorch": usual, "correct": error <= TOLERANCE * usual or rounding}
-        if double is not None:
-            row["error_float64"] = self.error(double, torch.float64)
-            row["correct"] &= row["error_float64"] <= EXACT
+    def verdict(self, way: Way, checkout: Path | None = None) -> Row:
+        """What a row says of its correctness: its error, and that in float64, except of low precisions.
+
+        Under "compile" that of the launches which `replay` compares it with: it would have to be compiled once more.
+        """
+        with first_algorithms(self.device):
+            usual = self.usual_error(way.precision)
+            if way.by == "reference":  # what the others are held against
+                return {"error": usual, "error_pytorch": usual, "error_float64": 0.0, "correct": True}
+            error = self._error_of(way, checkout, torch.float32)
+            row: Row = {"error": error, "error_pytorch": usual, "correct": self._is_rounding(error, way.precision)}
+            if way.precision == "fp32" and way.mode != "compile":
+                row["error_float64"] = self._error_of(way, checkout, torch.float64)
+                row["correct"] &= row["error_float64"] <= EXACT
         return row
 
+    def replay(self, way: Way, one: Contender, case: Case) -> Row:
+        """Whether the checked step of `one` was a replay, and its distance from launches, on all images of `case`."""
+        batch = case.images(0, self.device, torch.float32)
+        launched = replace(way, mode="eager")
+        if (launched, case) not in self._launched:
+            twin = contender(launched, case, self.state, self.device, False, None)
+            self._launched[launched, case] = twin.meta_gradient(*batch)
+            del twin
+            gc.collect()  # its memory is the other's
+        error = gradient_error(one.meta_gradient(*batch), self._launched[launched, case])
+        replayed = one.replayed()
+        right = replayed and self._is_rounding(error, way.precision)
+        return {"replayed": replayed, "error_replay": error, "correct": right}
 
-def double(way: Way, judge: Judge, checkout: Path | None = None) -> Contender | None:
-    """The same way in float64; not of low precisions, nor where it takes another compilation."""
-    if way.precision != "fp32" or way.mode == "compile":
-        return None
-    return contender(way, judge.case, judge.state, judge.device, True, checkout)
+    def _error_of(self, way: Way, checkout: Path | None, dtype: torch.dtype) -> float:
+        """Of a contender of its own, on few images."""
+        way = replace(way, mode="eager") if way.mode == "compile" else way
+        one = contender(way, self.case, self.state, self.device, dtype == torch.float64, checkout)
+        try:
+            return self.error(one, dtype)
+        finally:
+            one.close()
+
+    def _is_rounding(self, error: float, precision: str) -> bool:
+        """No further from what is right than PyTorch's own rounding, or than float32's in whatever order."""
+        return error <= TOLERANCE * self.usual_error(precision) or (precision == "fp32" and error <= ROUNDING)

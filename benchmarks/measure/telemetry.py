@@ -63,13 +63,16 @@ class Telemetry:
             yield row
             return
         seen: list[dict[str, Any]] = []
+        failed: list[Exception] = []
         done = threading.Event()
 
         def look() -> None:
-            while True:
+            try:
                 seen.append(self._look())
-                if done.wait(PERIOD):
-                    return
+                while not done.wait(PERIOD):
+                    seen.append(self._look())
+            except Exception as error:  # what NVML may raise; a row says so
+                failed.append(error)
 
         thread = threading.Thread(target=look, daemon=True)
         before = self._energy()
@@ -80,6 +83,9 @@ class Telemetry:
             after = self._energy()
             done.set()
             thread.join()
+        if failed:
+            row["telemetry"] = f"NVML failed: {failed[0]}"
+            return
         throttled = sorted({reason for sample in seen for reason in sample["throttled"]})
         row["telemetry"] = {
             "sm_mhz_least": min(sample["sm_mhz"] for sample in seen),
@@ -107,8 +113,8 @@ class Telemetry:
         }
 
     def _energy(self) -> int | None:
-        """Millijoules since the driver was loaded; None on GPUs that do not count them."""
+        """Millijoules since the driver was loaded; None where NVML does not say."""
         try:
             return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        except self._nvml.NVMLError:
+        except Exception:  # a GPU that does not count them, a driver that is gone
             return None

@@ -75,6 +75,8 @@ def title(row: Row) -> str:
 def notes(row: Row) -> str:
     """What a reader must know of a row before trusting it."""
     found = []
+    if row.get("replayed") is False:
+        found.append("**no replay**")
     if row.get("correct") is False:
         found.append("**inexact: no speedup**")
     if row.get("throttled"):
@@ -109,9 +111,10 @@ class Section(NamedTuple):
 SECTIONS = {
     "iteration": Section(
         "Whole iterations",
-        "ms: median (p20 – p80). Speedups: of turns that belong together. Error: of the meta-gradient that the timed "
-        "step took, relative to float64; beside it PyTorch's own in the same precision. A row is exact if its float64 "
-        "error is below 1e-9 and its error at most 1.5 times PyTorch's own or, in float32, below 5e-6.",
+        "ms: median (p20 – p80). Speedups: of turns that belong together. Error: of the meta-gradient that a step "
+        "took on a few images, relative to float64; beside it PyTorch's own in the same precision. A row is exact if "
+        "its float64 error is below 1e-9 and its error at most 1.5 times PyTorch's own or, in float32, below 5e-6. "
+        "Where an iteration is one replay, that must hold of its distance from launches on the whole batch too.",
         (
             MarkdownColumn("case", text("case")),
             MarkdownColumn("batch", text("batch")),
@@ -121,6 +124,7 @@ SECTIONS = {
             MarkdownColumn("images/s", number("images_per_second", ".4g")),
             MarkdownColumn("× reference", speedup("reference")),
             MarkdownColumn("× official", speedup("official")),
+            MarkdownColumn("× official tf32", speedup("official_tf32")),
             *FLOOR,
             MarkdownColumn("GFLOP", number("flops", ".4g", 1e-9)),
             MarkdownColumn("peak MB", memory),
@@ -129,6 +133,7 @@ SECTIONS = {
             MarkdownColumn("error", number("error", ".1e")),
             MarkdownColumn("PyTorch's", number("error_pytorch", ".1e")),
             MarkdownColumn("error, float64", number("error_float64", ".1e")),
+            MarkdownColumn("replay from launches", number("error_replay", ".1e")),
             MarkdownColumn("", notes),
         ),
     ),

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report.columns import SECTIONS, MarkdownColumn, number, table, text, title
-from benchmarks.report.pictures import draw
 from benchmarks.report.readme import update_readme
 from benchmarks.report.series import fits
 from benchmarks.rows import Row, contender_name, latest, read, say
@@ -30,8 +29,17 @@ def write(path: Path) -> Path:
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
     report = folder / "report.md"
-    report.write_text(markdown({**first, "file": path.name}, rows, draw(rows, folder)))
+    report.write_text(markdown({**first, "file": path.name}, rows, _pictures(rows, folder)))
     return report
+
+
+def _pictures(rows: Sequence[Row], folder: Path) -> list[str]:
+    try:
+        from benchmarks.report.pictures import draw
+    except ImportError as error:
+        say(f"the report has no pictures ({error}): `python -m benchmarks report` draws them where matplotlib is.")
+        return []
+    return draw(rows, folder)
 
 
 def markdown(first: Row, rows: Sequence[Row], pictures: Sequence[str]) -> str:

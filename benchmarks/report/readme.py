@@ -24,6 +24,7 @@ def readme_block(path: Path) -> str:
         MarkdownColumn("ms an iteration", lambda row: f"{row['ms_median']:.0f}"),
         MarkdownColumn("× reference", speedup("reference")),
         MarkdownColumn("× official", speedup("official")),
+        MarkdownColumn("× official tf32", speedup("official_tf32")),
         MarkdownColumn("GFLOP", number("flops", ".4g", 1e-9)),
         MarkdownColumn("J", number("joules_per_iteration")),
         MarkdownColumn("", notes),

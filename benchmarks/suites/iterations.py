@@ -12,15 +12,27 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, add_case_arguments, chosen_cases
-from benchmarks.contenders.judge import EXACT, Judge, double, gradient_error
+from benchmarks.contenders.judge import EXACT, Judge, first_algorithms, gradient_error
 from benchmarks.contenders.libraries import higher_meta_gradient, torchopt_meta_gradient
-from benchmarks.contenders.ways import CUDA_WARM_UP, MODES, REFERENCE, Contender, Gradient, Way, contender, ways_of
+from benchmarks.contenders.ways import (
+    BASELINES,
+    CUDA_WARM_UP,
+    MODES,
+    PRECISIONS,
+    REFERENCE,
+    Contender,
+    Gradient,
+    Way,
+    contender,
+    ways_of,
+)
 from benchmarks.measure import floors, timing
 from benchmarks.measure.counts import count
 from benchmarks.measure.rates import device_rates
@@ -58,39 +70,41 @@ def iteration_rows(
         for way in group:
             row: Row = {"kind": "iteration", "case": case.name, "batch": case.batch, "inner_steps": case.inner_steps}
             row |= asdict(way)
-            before = _reserved(device)
             try:
+                row |= judge.verdict(way, checkout)
+                before = _reserved(device)
                 one = contender(way, case, judge.state, device, False, checkout)
                 ready.append(one)
-                exact = double(way, judge, checkout)
-                row |= judge.verdict(way, one, exact)
-                if exact is not None:
-                    exact.close()
+                if way.by == "engine" and way.mode != "eager":
+                    found = judge.replay(way, one, case)
+                    row |= found | {"correct": row["correct"] and found["correct"]}
                 call = functools.partial(one.step, x, y)
                 rows[way] = row | _memory(way, call, before, device)
                 calls[way] = call
             except Exception as error:  # one contender's failure is its row
                 yield unavailable(row, error)
+            finally:
+                one = call = None  # so that nothing but `ready` and `calls` keeps them
         by_name = {str(way): call for way, call in calls.items()}
         times = timing.milliseconds(by_name, rounds, device, cold=False, repeat=REPEAT)
         for way, row in rows.items():
             mine = times[str(way)]
-            if way.by != "engine" and way.precision == "fp32" and row["correct"]:
-                baselines[way.by] = mine
+            # The official code that was right in float32 is the same code in TF32.
+            if way in BASELINES and (row["correct"] or "official" in baselines):
+                baselines[BASELINES[way]] = mine
         for way, row in rows.items():
             mine = times[str(way)]
             row |= timing.summary(mine) | {"images_per_second": 1e3 * case.batch / statistics.median(mine)}
             row |= floors.floor(floors.Floors(case, way.precision).iteration, rates, way.precision, row["ms_median"])
             for by, theirs in baselines.items():
-                if row["correct"] and way != Way(by):
+                if row["correct"] and by != BASELINES.get(way):
                     found = timing.speedup(theirs, mine).items()
                     row |= {f"{field}_over_{by}": value for field, value in found}
             row |= _energy(calls[way], row["ms_median"], case.batch, telemetry, device)
             yield row
         for one in ready:
             one.close()
-        del ready, calls, by_name
-        one = call = exact = None  # its memory is the next one's
+        del ready, calls, by_name  # their memory is the next one's
 
 
 def _reserved(device: torch.device) -> int:
@@ -151,7 +165,8 @@ def meta_gradient_rows(
         row = {"kind": "meta-gradient", "case": case.name, "batch": case.batch, "inner_steps": case.inner_steps}
         row |= {"by": name, "precision": "fp32"}
         try:
-            gradient = make(judge.case, torch.float64)(*batch)
+            with first_algorithms(device):
+                gradient = make(judge.case, torch.float64)(*batch)
             exact = exact or gradient
             error = gradient_error(gradient, exact)
             rows[name] = {**row, "error_float64": error, "correct": error <= EXACT}
@@ -185,9 +200,7 @@ def sweep_rows(
             yield from iteration_rows(other, ways, rates, SWEEP_ROUNDS, device, Judge(other, device, batches=1))
     for share in SWEEP_BATCH:
         other = replace(case, batch=int(share * case.batch))
-        # On a GPU a captured graph is checked with the images that it was captured for.
-        this = judge if device.type == "cpu" else Judge(other, device, batches=1)
-        yield from iteration_rows(other, ways, rates, SWEEP_ROUNDS, device, this)
+        yield from iteration_rows(other, ways, rates, SWEEP_ROUNDS, device, judge)
 
 
 def show(row: Row) -> None:
@@ -204,6 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_row_arguments(parser)
     add_case_arguments(parser)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the engine, on a GPU")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="on a GPU")
     parser.add_argument(
         "--others", action="store_true", help="also the meta-gradient alone, by higher and TorchOpt too"
     )
@@ -218,8 +232,10 @@ def run(arguments: argparse.Namespace) -> None:
     rates = device_rates(("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32",), device)
     append(arguments.output, {"kind": "rates", "rates": rates})
     for case in chosen_cases(arguments):
+        start = perf_counter()
         judge = Judge(case, device)
-        ways = ways_of(device, arguments.official, arguments.modes)
+        say(f"{case.name}: the judge was ready after {perf_counter() - start:.0f} s")
+        ways = ways_of(device, arguments.official, arguments.modes, arguments.precisions)
         timed = iteration_rows(case, ways, rates, arguments.rounds, device, judge, arguments.official)
         write(arguments.output, timed, show)
         if arguments.others:

@@ -194,7 +194,7 @@ class Step:
 
 def steps(case: Case, device: torch.device, state: State) -> list[Step]:
     """All steps of an iteration of `case`, which is in `state`."""
-    small = replace(case, batch=min(case.batch, CHECK_BATCH))
+    small = replace(case, batch=min(case.batch, CHECK_BATCH[device.type]))
     floor = floors.Floors(case, "fp32")
     found = []
 

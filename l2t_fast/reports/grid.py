@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,11 @@ def markdown_table(header: Sequence[str], rule: Sequence[str], lines: Sequence[S
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
 
 
-def to_rich(grid: Grid, title: str, remarks: Sequence[str]) -> Table:
+def to_rich(grid: Grid, title: str, remarks: Sequence[str]) -> "Table":
     """The same for the terminal, with `remarks` below."""
+    from rich.table import Table  # here, as Markdown needs none of it
+    from rich.text import Text
+
     table = Table(title=Text(title), title_justify="left", caption=" ".join(remarks), caption_justify="left")
     for j, name in enumerate(grid.header):
         table.add_column(Text(name), justify="left" if j == 0 else "right")

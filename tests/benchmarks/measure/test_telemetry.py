@@ -49,6 +49,18 @@ def test_throttling_marks_the_row() -> None:
     assert notes(row) == "**throttled: power**"
 
 
+def test_nvml_that_fails_meanwhile_is_said() -> None:
+    def lost(*_: Any) -> Any:
+        raise RuntimeError("GPU is lost")
+
+    nvml = fake_nvml()
+    telemetry = Telemetry(CPU, nvml)
+    nvml.nvmlDeviceGetClockInfo = nvml.nvmlDeviceGetTotalEnergyConsumption = lost
+    with telemetry.watch(iterations=10, images=500) as row:
+        pass
+    assert row == {"telemetry": "NVML failed: GPU is lost"}
+
+
 def test_absent_nvml_is_said() -> None:
     def fails() -> None:
         raise RuntimeError("Driver Not Loaded")
