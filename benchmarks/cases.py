@@ -38,10 +38,16 @@ class Case:
     inner_steps: int = 2
 
     def networks(self, device: torch.device, dtype: torch.dtype) -> tuple[list[nn.Module], nn.Module]:
-        """Random source networks and target, always the same ones."""
+        """Random source networks and target, always the same ones.
+
+        The sources normalise by statistics of random images, as trained ones do by those of theirs: with those of the
+        start, features of a deep one grow until the matching loss of the first iterations diverges.
+        """
         torch.manual_seed(0)
         sources = [build_model(self.source, self.source_classes) for _ in range(self.sources)]
         target = build_model(self.target, self.classes, self.target_width)
+        for source in sources:
+            _take_statistics(source, torch.randn(WARM_UP_BATCH, 3, self.size, self.size))
         return [network.to(device, dtype) for network in sources], target.to(device, dtype)
 
     def images(self, seed: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -92,6 +98,18 @@ class Case:
         with torch.no_grad():
             S, (_, T) = learner.source_features(x), learner.eval().target_outputs(x)
         return self.batch, [tuple(f.shape[1:]) for f in S], [tuple(f.shape[1:]) for f in T]
+
+
+@torch.no_grad()
+def _take_statistics(network: nn.Module, x: Tensor) -> None:
+    """Puts the network's BatchNorms into evaluation mode with the statistics that they see of images x."""
+    norms = [m for m in network.train().modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    network(x)
+    for norm in norms:
+        norm.momentum = 0.1
+    network.eval()
 
 
 @functools.cache

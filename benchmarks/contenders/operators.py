@@ -1,6 +1,6 @@
 """The contenders of the matching operators, and who of them is right.
 
-triton     the fused operators (kernels/matching/triton_kernels.py)
+triton     the fused operators (kernels/matching/triton_launch.py)
 aten       their formulas in ATen, a batched product a layer (kernels/matching/aten.py)
 eager      the plain loss, pair by pair, and autograd; the adjoint is the backward of its gradient, graph given
 compiled   torch.compile of the plain loss; of the ATen formulas for the adjoint, as it has no double backward
@@ -24,14 +24,14 @@ from benchmarks.measure.capture import Call, Outputs
 from benchmarks.measure.rates import DTYPES, set_precision
 from benchmarks.shapes import MATCHING_SHAPES, Features
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.matching import aten, blocks, plan, triton_launch
+from l2t_fast.kernels.matching import aten, blocks, triton_launch
 from l2t_fast.kernels.matching.blocks import Table
 
 TOLERANCE = 1.2  # times the error of ATen in the same precision
 ROUNDING = 1e-5  # relative, of float32 sums in whatever order
 POOL = 14  # processes that compile
 
-# Layout of the features. Projections have their dtype, a is float32.
+# Layout of the features. Everything else is float32, as an engine has it.
 PRECISIONS = {"bf16": torch.channels_last, "tf32": torch.channels_last, "fp32": torch.contiguous_format}
 OUTPUTS = {
     "gradient": ("g_T", "g_r", "g_bias"),
@@ -89,13 +89,10 @@ def random_problem(case: str, precision: str, device: torch.device) -> Problem:
     pairs = [(m, n) for n in range(len(targets)) for m in range(len(sources))]
 
     def projections() -> list[Tensor]:
-        return [
-            (randn(sources[m][0], targets[n][0], 1, 1) / math.sqrt(targets[n][0])).to(dtype).contiguous()
-            for m, n in pairs
-        ]
+        return [randn(sources[m][0], targets[n][0], 1, 1) / math.sqrt(targets[n][0]) for m, n in pairs]
 
     def biases() -> list[Tensor]:
-        return [randn(sources[m][0]).to(dtype) for m, _ in pairs]
+        return [randn(sources[m][0]) for m, _ in pairs]
 
     return Problem(
         targets=features(targets),
@@ -137,7 +134,7 @@ def plain_distances(
         T, S = targets[n], sources[m]
         if S.shape[2:] != T.shape[2:]:
             S = F.interpolate(S, size=T.shape[2:], mode="bilinear", align_corners=False)
-        E.append((F.conv2d(T, r, bias) - S).square().mean((2, 3)))
+        E.append((F.conv2d(T, r.to(T.dtype), bias.to(T.dtype)) - S).square().mean((2, 3)))
     return E
 
 
@@ -238,6 +235,4 @@ def compile_ahead(case: str, precision: str, operator: str, index: int, table: T
 
 def install(arch: str, table: Table) -> None:
     """Lets an architecture run with the blocks of `table`."""
-    blocks.CONFIGS[arch] = table
-    plan.position_launch.cache_clear()
-    plan.channel_launch.cache_clear()
+    blocks.BLOCKS[arch] = table

@@ -72,9 +72,9 @@ class Binary:
         """What is wrong with it, one sentence each."""
         _, shared, instruction = ARCHITECTURES[self.arch]
         channels_last = self.layout == "channels_last"
-        products = self.kernel.startswith(("position", "channel")) and self.arithmetic != "ieee"
+        products = self.kernel.startswith("difference") and self.arithmetic != "ieee"
         # SGD goes through parameters as they lie in memory, whatever the features' layout.
-        flat, small = self.kernel.startswith("sgd"), self.kernel in ("reduction", "norm coefficients")
+        flat, small = self.kernel.startswith("sgd"), self.kernel == "norm coefficients"
         tiles = channels_last and not small and (products or self.kernel.startswith("norm"))
         checks = {
             f"it spills {self.spills}": self.spills > (ASIDE if self.registers < 255 else 0),
@@ -118,8 +118,8 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
 
     T = [empty(batch, *shape).to(memory_format=LAYOUTS[layout]) for shape in targets]
     S = [empty(batch, *shape).to(memory_format=LAYOUTS[layout]) for shape in sources]
-    r = [empty(sources[m][0], targets[n][0], 1, 1) for m, n in pairs]
-    bias = [empty(sources[m][0]) for m, _ in pairs]
+    r = [empty(sources[m][0], targets[n][0], 1, 1, dtype=torch.float32) for m, n in pairs]
+    bias = [empty(sources[m][0], dtype=torch.float32) for m, _ in pairs]
     a = [empty(batch, sources[m][0], dtype=torch.float32) for m, _ in pairs]
     indices = [m for m, _ in pairs], [n for _, n in pairs]
     launched: dict[str, Kernel] = {}
@@ -132,11 +132,9 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
             name = f"sgd {part}"
         elif function.fn.__module__ == batch_norm_triton.__name__:
             name = f"norm {part}"
-        elif part == "reduction":
-            name = part
         else:
             words = [part, "adjoint" if arguments["ADJOINT"] else "gradient"]
-            name = " ".join([*words, *(flag.lower() for flag in ("PRODUCTS", "SUMS") if arguments.get(flag))])
+            name = " ".join([*words, *(flag.lower() for flag in ("PRODUCTS", "SUMS", "WHOLE") if arguments[flag])])
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
         launched[name] = Kernel(name, function, arguments, options)
 

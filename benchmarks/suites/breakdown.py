@@ -25,7 +25,7 @@ STEPS = 2  # that are profiled
 
 # The first family whose pattern is found in the name of a kernel or operation.
 FAMILIES = {
-    "matching": r"l2t::matching|position_kernel|channel_kernel|reduction_kernel",
+    "matching": r"l2t::matching|difference_kernel",
     "optimizer": r"l2t::sgd|^(step|adjoint)_kernel|_foreach_|_fused_adam|multi_tensor_apply|Optimizer",
     "normalisation": r"batch_?norm|bn_fw|bn_bw|::bn|welford|^(sums|coefficients|combine)_kernel",
     "pooling": r"max_pool|avg_pool|pooling|MaxPool|AvgPool",

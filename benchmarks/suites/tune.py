@@ -1,7 +1,7 @@
 """Looks for faster blocks of the Triton kernels, and prints the best for kernels/matching/blocks.py.
 
-Each kernel's blocks move to the fastest of their neighbours whose operator is as exact as the ATen formulas, until none
-is faster over all cases.
+The blocks of an operator move to the fastest of their neighbours with which it is as exact as the ATen formulas, until
+none is faster over all cases.
 
     TRITON_INTERPRET=1 python -m benchmarks tune --device cpu --cases minute
 
@@ -12,7 +12,7 @@ import argparse
 import math
 import statistics
 from concurrent.futures import wait
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from time import perf_counter
 
@@ -36,35 +36,33 @@ from benchmarks.rows import Row, add_row_arguments, append, begin, unavailable
 from benchmarks.suites.operators import add_operator_arguments
 from l2t_fast.kernels import launch
 from l2t_fast.kernels.matching import aten, blocks
-from l2t_fast.kernels.matching.blocks import Config, Kernel, Table
+from l2t_fast.kernels.matching.blocks import Blocks, Table
 
 # Values that are tried, one at a time.
-BLOCKS = {
-    "chunk": (64, 128, 256),
-    "tile": (32 * 128, 64 * 128, 128 * 128),
+VALUES = {
     "positions": (32, 64, 128),
     "channels": (16, 32, 64, 128),
     "step": (32, 64, 128),
     "warps": (4, 8),
     "stages": (1, 2, 3, 4),
-    "waves": (1, 2, 4),
 }
 
-Key = tuple[Kernel, bool, str]  # (kernel, adjoint, arithmetic), as in a `Table`
+Key = tuple[bool, str]  # (adjoint, arithmetic), as in a `Table`
 
 
-def neighbours(kernel: Kernel, config: Config) -> list[Config]:
-    """Configurations that differ in one value."""
-    unread = {"waves"} if kernel == "position" else set()
-    names = [f.name for f in fields(Config) if f.name in BLOCKS and f.name not in unread]
+def neighbours(chosen: Blocks) -> list[Blocks]:
+    """Blocks that differ in one value."""
     return [
-        replace(config, **{name: value}) for name in names for value in BLOCKS[name] if value != getattr(config, name)
+        replace(chosen, **{name: value})
+        for name, values in VALUES.items()
+        for value in values
+        if value != getattr(chosen, name)
     ]
 
 
 def compile_candidates(
-    candidates: dict[Key, list[Config]], cases: list[str], table: Table, index: int, seconds: float
-) -> dict[tuple[Key, Config], str]:
+    candidates: dict[Key, list[Blocks]], cases: list[str], table: Table, index: int, seconds: float
+) -> dict[tuple[Key, Blocks], str]:
     """Compiles all for all cases; why not, of those that could not be compiled (too large for the GPU, as a rule)."""
     with compilers() as pool:
         futures = {
@@ -83,24 +81,24 @@ def compile_candidates(
 
 
 def operator_of(key: Key) -> str:
-    """What a kernel's blocks are judged by."""
-    return "adjoint" if key[1] else "gradient"
+    """What the blocks are judged by."""
+    return "adjoint" if key[0] else "gradient"
 
 
 def precision_of(key: Key) -> str:
     """The precision whose products are the key's arithmetic."""
-    return "fp32" if key[2] == "ieee" else key[2]
+    return "fp32" if key[1] == "ieee" else key[1]
 
 
 def trials(
     key: Key,
-    candidates: list[Config],
-    failed: dict[tuple[Key, Config], str],
+    candidates: list[Blocks],
+    failed: dict[tuple[Key, Blocks], str],
     table: Table,
     arguments: argparse.Namespace,
     device: torch.device,
 ) -> list[Row]:
-    """A row a candidate: the operator's time in each case with these blocks of one kernel, the others as in `table`."""
+    """A row a candidate: the operator's time in each case with these blocks, the others as in `table`."""
     arch, operator, precision = launch.device_properties(device)[0], operator_of(key), precision_of(key)
     set_precision(precision)
     rows: list[Row] = [{"kind": "tune", "key": key, "blocks": asdict(candidate), "ms": {}} for candidate in candidates]
@@ -142,20 +140,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Moves each kernel's blocks to the fastest of their neighbours, until none is faster."""
+    """Moves the blocks of each operator to the fastest of their neighbours, until none is faster."""
     device = begin("tune", arguments)
     own_stream(device)
     start = perf_counter()
     arch, _ = launch.device_properties(device)
     table = dict(blocks.table(arch))
-    kernels: tuple[Kernel, ...] = ("position", "channel")
-    tried: dict[Key, set[Config]] = {key: set() for key in table}
+    tried: dict[Key, set[Blocks]] = {key: set() for key in table}
     for precision in arguments.precisions:
         arithmetic = "ieee" if precision == "fp32" else precision
-        moving: list[Key] = [(kernel, adjoint, arithmetic) for adjoint in (False, True) for kernel in kernels]
+        moving: list[Key] = [(adjoint, arithmetic) for adjoint in (False, True)]
         while moving and (left := arguments.limit - (perf_counter() - start)) > 0:
             candidates = {
-                key: [table[key], *(c for c in neighbours(key[0], table[key]) if c not in tried[key])] for key in moving
+                key: [table[key], *(c for c in neighbours(table[key]) if c not in tried[key])] for key in moving
             }
             cuda = device.type == "cuda"
             failed = compile_candidates(candidates, arguments.cases, table, device.index, left) if cuda else {}

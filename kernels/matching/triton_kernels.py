@@ -8,8 +8,8 @@ owns a tile [BP positions, BS columns of one pair]. It forms d = r T + bias − 
 
 with H = r u_T + u_r T + u_bias and k = 2/HW. The products with G and k a H are left to cuBLAS.
 
-Features are rows of channels: position ij = y W + x of sample b is row b HW + ij. WHOLE tiles lie within one sample, so that
-their terms are summed here; others are rows as they come, of layers so small that it does not matter.
+Features are rows of channels: position ij = y W + x of sample b is row b HW + ij. WHOLE tiles lie within one sample,
+so that their terms are summed here; others are rows as they come, of layers so small that it does not matter.
 Sums are kept in DTYPE (fp32, or float64 for float64) and nothing is added atomically: two runs give the same bits.
 """
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from triton.runtime import interpreter
 
-from l2t_fast.kernels import launch
 from benchmarks.shapes import MATCHING_SHAPES
+from l2t_fast.kernels import launch
 from l2t_fast.kernels.matching import aten, blocks, ops, triton_launch
 from tests.kernels.shared import MANY, SHAPES, SMALL_SHAPES, flat, random_inputs
 
