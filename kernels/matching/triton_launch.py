@@ -27,16 +27,17 @@ SLICE = 128 * 2**20  # bytes of G
 
 @dataclass(frozen=True)
 class _Layer:
-    """A target layer that has pairs; `columns` of its K source channels among all layers'."""
+    """A target layer that has pairs, with K source channels in all; `start` is the first among all layers'."""
 
     n: int
     pairs: list[int]
-    columns: slice
+    start: int
+    K: int
     shape: tuple[int, ...]  # [B, C, H, W]
 
     @property
-    def K(self) -> int:
-        return self.columns.stop - self.columns.start
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.K)
 
     @property
     def C(self) -> int:
@@ -84,9 +85,8 @@ def _point(
     for n, T in enumerate(targets):
         pairs = [p for p, t in enumerate(target_of) if t == n]
         if pairs:
-            stop = start + sum(projections[p].shape[0] for p in pairs)
-            layers.append(_Layer(n, pairs, slice(start, stop), tuple(T.shape)))
-            start = stop
+            layers.append(_Layer(n, pairs, start, sum(projections[p].shape[0] for p in pairs), tuple(T.shape)))
+            start += layers[-1].K
     order = [p for layer in layers for p in layer.pairs]
     bias = torch.cat([biases[p] for p in order])
     # The distances do not depend on a: anything of its shape will do.
