@@ -26,6 +26,7 @@ COMMANDS = {
     "steps": ("suites.steps", "the steps of an iteration: inner steps, source pre-pass, input pipeline"),
     "breakdown": ("suites.breakdown", "where the time of an iteration goes, by family of kernels"),
     "training": ("suites.training", "whole trainings: images a second, seconds to an accuracy"),
+    "official-accuracy": ("suites.official_accuracy", "does the engine train as the authors' code? losses, accuracies"),
     "jobs": ("suites.jobs", "trainings a minute with one, two, ... side by side"),
     "sensitivity": ("suites.sensitivity", "how much of the meta-gradient is signal, along a training"),
     "aot": ("suites.aot", "compile every Triton kernel ahead of time, for every architecture; needs no GPU"),
@@ -37,7 +38,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carries out one command; the exit code, 2 on bad input."""
     style = argparse.RawDescriptionHelpFormatter
-    listed = "".join(f"  {name:<12}{line}\n" for name, (_, line) in COMMANDS.items())
+    listed = "".join(f"  {name:<18}{line}\n" for name, (_, line) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="benchmarks",
         usage="python -m benchmarks COMMAND ...",

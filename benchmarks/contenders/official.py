@@ -15,7 +15,7 @@ import io
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from queue import Queue
 from types import ModuleType
@@ -37,6 +37,21 @@ _FOREVER = 10**9  # epochs of its cosine schedule: the learning rate stays where
 _Labelled = tuple[Tensor, Tensor]
 
 
+class _Recorded:
+    """torch.nn.functional, whose cross entropies are noted."""
+
+    def __init__(self, functions: Any, found: list[tuple[str, Tensor]]) -> None:
+        self._functions, self._found = functions, found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._functions, name)
+
+    def cross_entropy(self, *args: Any, **kwargs: Any) -> Tensor:
+        value: Tensor = self._functions.cross_entropy(*args, **kwargs)
+        self._found.append(("loss", value.detach()))
+        return value
+
+
 class _Stop(BaseException):
     """Ends the thread from inside its data loader."""
 
@@ -44,12 +59,23 @@ class _Stop(BaseException):
 class Official:
     """Iterations of the official code on a case, from `state`.
 
+    Args:
+        source: the source network, the case's random one by default.
+        options: of its command line, other than its defaults ("beta", "meta-lr", ...).
+
     Raises:
         L2TError: no checkout, or a case that the official code has no networks for.
     """
 
     def __init__(
-        self, checkout: Path | None, case: Case, state: State, device: torch.device, dtype: torch.dtype
+        self,
+        checkout: Path | None,
+        case: Case,
+        state: State,
+        device: torch.device,
+        dtype: torch.dtype,
+        source: nn.Module | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         if checkout is None or not (checkout / "train_l2t_ww.py").is_file():
             raise L2TError(f"{checkout} is no checkout of alinlab/L2T-ww: give one with --official.")
@@ -57,7 +83,7 @@ class Official:
             raise L2TError(f"the official code has no networks for the case {case.name}: leave it out.")
         if torch.cuda.is_available() and device.type != "cuda":
             raise L2TError("the official code takes a GPU where there is one: hide it to time the CPU.")
-        self._case, self._device = case, device
+        self._case, self._device, self._options = case, device, dict(options or {})
         self._batches: Queue[_Labelled | None] = Queue()
         self._answers: Queue[BaseException | None] = Queue()  # one for each batch, and one when all is made
         self._made: dict[str, Any] = {}
@@ -75,8 +101,8 @@ class Official:
             threading.Thread(target=self._run, args=(module.main, torch.get_num_threads()), daemon=True).start()
             self._wait()
         # Its ResNet32 has other names, in the same order, and parameters at the end that it never uses.
-        sources, _ = case.networks(device, dtype)
-        weights = zip(self._networks[0].state_dict(), sources[0].state_dict().values(), strict=False)
+        source = source or case.networks(device, dtype)[0][0]
+        weights = zip(self._networks[0].state_dict(), source.state_dict().values(), strict=False)
         self._networks[0].load_state_dict(dict(weights), strict=False)
         self._state = state
         self._restart()
@@ -95,6 +121,44 @@ class Official:
             for part, made in (("what", "WeightNetwork"), ("where", "LossWeightNetwork"))
             for name, p in self._made[made].named_parameters()
         }
+
+    @property
+    def network(self) -> nn.Module:
+        """The target; it returns (logits, features)."""
+        return self._networks[1]
+
+    def set_lr(self, lr: float) -> None:
+        """Of the steps of θ, real and simulated."""
+        for group in self._made["MetaSGD"].param_groups:
+            group["lr"] = lr
+
+    def record(self) -> list[tuple[str, Tensor]]:
+        """A list to which every cross entropy ("loss") and matching loss that it computes is added from now on."""
+        found: list[tuple[str, Tensor]] = []
+        matching = self._made["FeatureMatching"]
+        matching.register_forward_hook(lambda *call: found.append(("matching_loss", call[2].detach())))
+        namespace = type(matching).forward.__globals__
+        namespace["F"] = _Recorded(namespace["F"], found)
+        return found
+
+    def keep_statistics_of_real_steps(self) -> None:
+        """BatchNorm's running statistics are no longer updated by simulated passes."""
+        norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
+        usual = [norm.momentum for norm in norms]
+        real_step, next_step = self._made["MetaSGD"].step, self.step
+
+        def step_of_sgd(objective: Any, *args: Any, **kwargs: Any) -> None:
+            real_step(objective, *args, **kwargs)
+            for norm in norms:
+                norm.momentum = 0.0  # the passes that follow, up to the next batch
+
+        def step(x: Tensor, y: Tensor) -> None:
+            for norm, momentum in zip(norms, usual, strict=True):
+                norm.momentum = momentum
+            next_step(x, y)
+
+        self._made["MetaSGD"].step = step_of_sgd
+        self.step = step  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Ends the thread."""
@@ -132,6 +196,7 @@ class Official:
             "T": case.inner_steps,
             "epochs": _FOREVER,
             "experiment": folder / "logs",
+            **self._options,
         }
         return ["train_l2t_ww.py", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
 

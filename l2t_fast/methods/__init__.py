@@ -22,10 +22,12 @@ METHODS: dict[str, Method] = {
     "l2t-w-one-to-one": matching.L2T_W_ONE_TO_ONE,
     "l2t-ww": matching.L2T_WW,
 }
+OPTIONS = ("lr", "beta", "meta_lr")  # of the engine, that a method may have its own of
 
 
 def find_method(name: str, settings: Sequence[str] = ()) -> Method:
-    """The method called `name`, with those of the `settings` ("lwf.temperature=4") that belong to it.
+    """The method called `name`, with those of the `settings` that belong to it: of a term of its ("lwf.temperature=4"),
+    or an option of the engine for this method alone ("l2t-ww.beta=0.1").
 
     Raises:
         L2TError: there is no such method or setting; the known ones are listed.
@@ -35,8 +37,17 @@ def find_method(name: str, settings: Sequence[str] = ()) -> Method:
     method, parsed = METHODS[name], [_parse(setting) for setting in settings]
     if len({key[:2] for key in parsed}) < len(parsed):
         raise L2TError(f"--settings {' '.join(settings)}: give each setting once.")
-    mine = [setting for setting in parsed if setting[0] in {term.name for term in method.terms}]
-    return dataclasses.replace(method, settings=tuple(mine))
+    options = {keyword: value for part, keyword, value in parsed if part == name and keyword in _options(method)}
+    terms = {term.name for term in method.terms}
+    mine = [(part, keyword, value) for part, keyword, value in parsed if part in terms and keyword not in OPTIONS]
+    return dataclasses.replace(method, settings=tuple(mine), options=options)
+
+
+def _options(method: Method) -> tuple[str, ...]:
+    """Those of the engine's options that matter to a method."""
+    if method.learns_weights:
+        return OPTIONS
+    return OPTIONS[:1] if method.pairs is None else OPTIONS[:2]
 
 
 def _parse(setting: str) -> tuple[str, str, float]:
@@ -47,13 +58,17 @@ def _parse(setting: str) -> tuple[str, str, float]:
         for keyword, parameter in inspect.signature(term).parameters.items()
         if parameter.default is not parameter.empty
     }
+    options = [f"{name}.{option}" for name, method in METHODS.items() for option in _options(method)]
     key, _, value = setting.partition("=")
     try:
         number = float(value)
     except ValueError:
         number = float("nan")
-    if key not in known or not 0 <= number < math.inf or (number == 0 and key == "lwf.temperature"):
+    if key not in (*known, *options) or not 0 <= number < math.inf or (number == 0 and key == "lwf.temperature"):
         wanted = ", ".join(f"{name}={default:g}" for name, default in known.items())
-        raise L2TError(f"'{setting}' is no setting of a method: give a number for one of {wanted} (published values).")
+        raise L2TError(
+            f"'{setting}' is no setting of a method: give a number for one of {wanted} (published values), or for "
+            f"{', '.join(f'METHOD.{option}' for option in OPTIONS)} of a method that has it."
+        )
     name, _, keyword = key.partition(".")
     return name, keyword, number

@@ -1,7 +1,7 @@
 """The one shape of a method."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ class Method:
     start: Callable[[nn.Module, Sequence[nn.Module]], str] | None = None
     settings: tuple[tuple[str, str, float], ...] = ()
     """(name of a term, keyword, value) where another value than the published one is wanted"""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """options of the engine that this method has another value of than its run"""
 
     @property
     def uses_sources(self) -> bool:

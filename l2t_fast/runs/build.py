@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -144,6 +145,12 @@ def plain_learner(network: nn.Module, data: Data, device: torch.device) -> L2T:
     """A network that learns from its labels alone."""
     example = torch.zeros(2, *data.image_shape, device=device)
     return L2T([], network, source_layers=[], target_layers=[], pairs=[], example=example)
+
+
+def method_config(config: TrainConfig, name: str) -> TrainConfig:
+    """The settings of one method of a run."""
+    options: dict[str, Any] = dict(find_method(name, config.settings).options)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **options))
 
 
 def make_engine(config: TrainConfig, learner: L2T, iterations: int, say: Say) -> Engine:

@@ -18,7 +18,7 @@ from l2t_fast.data.splits import Data
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.reports.pictures import weights as plots
-from l2t_fast.runs.build import build_sources, make_engine, make_learner, plain_learner, source_data
+from l2t_fast.runs.build import build_sources, make_engine, make_learner, method_config, plain_learner, source_data
 from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.fit import Schedule, fit
@@ -51,6 +51,7 @@ def train_cell(
     make_watch: MakeWatch,
 ) -> dict[str, Any]:
     """Trains one method with one seed, writes what it learned, and returns the content of result.json."""
+    config = method_config(config, name)
     target, learner, _ = make_learner(config, name, seed, sources, data, device)
     title = f"{name}, seed {seed}"
     result = _fit(folder, title, config, seed, config.optim.epochs, target, learner, data, make_watch)

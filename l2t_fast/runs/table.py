@@ -17,7 +17,7 @@ from time import perf_counter
 import torch
 from rich.console import Console
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import writing
 from l2t_fast.methods import find_method
 from l2t_fast.reports.column import Problems, read_column, read_problems
@@ -77,7 +77,11 @@ def run(config: TableConfig, console: Console) -> bool:
                 raise L2TError(f"{source.title}: {why}")
             waiting = [t for t in cells if not t.done]
             start = perf_counter()
-            failed = workers.work_off(waiting, jobs, threads, display, stop)
+            try:
+                failed = workers.work_off(waiting, jobs, threads, display, stop)
+            except Interrupted:
+                _report(folder, console)  # of what there is
+                raise
             session = {"cells": len(waiting), "seconds": round(perf_counter() - start, 1), "jobs": jobs}
             for cell, why in failed:
                 problems[str(cell.config.name)].setdefault(cell.method, {})[str(cell.seed)] = why

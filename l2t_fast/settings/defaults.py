@@ -113,6 +113,7 @@ def _check_methods(names: Sequence[str], settings: Sequence[str]) -> None:
 
     methods = [find_method(name, settings) for name in names]
     used = {f"{term}.{keyword}" for method in methods for term, keyword, _ in method.settings}
+    used |= {f"{name}.{option}" for name, method in zip(names, methods, strict=True) for option in method.options}
     for setting in settings:
         if setting.partition("=")[0] not in used:
             raise L2TError(f"--settings {setting}: none of the methods given has that setting; leave it out.")

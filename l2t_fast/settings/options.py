@@ -94,7 +94,8 @@ class TrainConfig:
     """methods to train, one or several: scratch finetune lwf at lwf+at jacobian fm-single fm-one-to-one l2t-w-single
     l2t-w-one-to-one l2t-ww"""
     settings: tuple[str, ...] = ()
-    """other than the published settings of a method, such as at.weight=500 or lwf.temperature=4"""
+    """other than the published settings of a method, such as at.weight=500 or lwf.temperature=4; and lr, beta or
+    meta_lr of one method alone, such as l2t-ww.beta=0.1"""
     seeds: tuple[int, ...] | None = None
     """random seeds, one training for each"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -116,7 +117,8 @@ class TableConfig:
     method: tuple[str, ...] = METHODS
     """rows: methods"""
     settings: tuple[str, ...] = ()
-    """other than the published settings of a method, such as at.weight=500 or lwf.temperature=4"""
+    """other than the published settings of a method, such as at.weight=500 or lwf.temperature=4; and lr, beta or
+    meta_lr of one method alone, such as l2t-ww.beta=0.1"""
     dataset: tuple[str, ...] = ("digits",)
     """columns: data sets"""
     target: tuple[str, ...] | None = None

@@ -23,6 +23,7 @@ from l2t_fast.training.state import State, check_finite, checkpoint_content, res
 from l2t_fast.training.watch import Watch
 
 _EVAL_BATCH = 250
+_SAVE_EVERY = 10.0  # seconds between two checkpoints: a few hundred images take less time than a large network's file
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ def fit(
     """Trains `engine`, whose learner's target is `network`, and returns accuracies on the test set.
 
     Goes on from folder/last.pt where there is one, bit by bit as if it had never stopped (on CUDA as far as cuDNN's
-    kernels give the same bits again). Writes metrics.jsonl (a line an iteration, a line an epoch), last.pt after each
-    epoch and when stopped, best.pt when validation improves.
+    kernels give the same bits again). Writes metrics.jsonl (a line an iteration, a line an epoch), and last.pt with
+    best.pt, the weights that were best by validation: after the first epoch, after later ones when ten seconds have
+    passed since, at the end and when stopped.
 
     Raises:
         Interrupted: `watch.stop_asked()`; all is saved.
@@ -63,9 +65,17 @@ def fit(
         watch.resumed(state.epoch, state.iteration)
     log = Log(folder / "metrics.jsonl", (state.epoch, state.iteration), last, engine.learner.pairs)
 
+    best: dict[str, Tensor] = {}  # weights that are not in best.pt yet
+    saved = -math.inf
+
     def save() -> None:
+        nonlocal saved
         check_finite(engine, state, last)
+        if best:
+            save_checkpoint(folder / "best.pt", {"weights": best, "epoch": state.best_epoch})
+            best.clear()
         save_checkpoint(last, checkpoint_content(engine, state))
+        saved = perf_counter()
 
     start = perf_counter() - state.seconds
     try:
@@ -86,10 +96,11 @@ def fit(
                 if row["val_accuracy"] > state.best_accuracy:
                     check_finite(engine, state, last)
                     state.best_accuracy, state.best_epoch = row["val_accuracy"], state.epoch
-                    save_checkpoint(folder / "best.pt", {"weights": _weights(network), "epoch": state.epoch})
+                    best.update(_weights(network))
             state.epoch, state.iteration = state.epoch + 1, 0
             log.write(row)  # first: a line without its checkpoint is dropped on resuming, the reverse would be missed
-            save()
+            if perf_counter() - saved >= _SAVE_EVERY or state.epoch == schedule.epochs:
+                save()
             watch.epoch(row)
         result = _test(folder, network, data, state, watch)
     except Interrupted:

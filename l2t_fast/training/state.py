@@ -35,7 +35,10 @@ def check_finite(engine: Engine, state: State, last: Path) -> None:
     The losses of an iteration are those before its step: what the last step made, only this sees.
     """
     content = engine.state_dict()
-    for name, tensor in [item for group in ("theta", "momentum", "buffers", "phi") for item in content[group].items()]:
+    tensors = [item for group in ("theta", "momentum", "buffers", "phi") for item in content[group].items()]
+    if bool(torch.stack([tensor.isfinite().all() for _, tensor in tensors]).all()):  # a GPU is waited for once
+        return
+    for name, tensor in tensors:
         if not bool(tensor.isfinite().all()):
             raise L2TError(
                 f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "

@@ -203,6 +203,18 @@ def test_settings_change_what_is_published() -> None:
         find_method("att")
 
 
+def test_a_method_has_options_of_its_own() -> None:
+    settings = ["l2t-ww.beta=0.1", "l2t-ww.meta_lr=1e-3", "fm-single.beta=2", "at.lr=0.05", "at.weight=10"]
+    assert find_method("l2t-ww", settings).options == {"beta": 0.1, "meta_lr": 1e-3}
+    assert find_method("fm-single", settings).options == {"beta": 2}
+    at = find_method("at", settings)
+    assert (at.options, at.settings) == ({"lr": 0.05}, (("at", "weight", 10),))
+    assert find_method("lwf+at", settings).options == {}
+    for bad in ("scratch.beta=1", "fm-single.meta_lr=1", "l2t-ww.weight=1", "l2t-ww.beta=-1"):
+        with pytest.raises(L2TError, match=r"or for METHOD.lr, METHOD.beta, METHOD.meta_lr of a method that has it"):
+            find_method("at", [bad])
+
+
 def test_finetuning_copies_what_fits() -> None:
     start = METHODS["finetune"].start
     assert start is not None

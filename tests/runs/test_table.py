@@ -167,6 +167,18 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path, capsys: py
     assert "is not the configuration of a run: give a folder that `l2t-fast table` made" in refused(capsys, *given)
 
 
+def test_each_method_trains_with_its_own_settings(tmp_path: Path, inline: None) -> None:
+    given = ["--epochs", "1", "--seeds", "0", "--method", "scratch", "fm-single", "--lr", "0.1"]
+    table(tmp_path, "own", *given, "--settings", "scratch.lr=0.02", "fm-single.beta=0")
+    table(tmp_path, "run", *given)
+    first = {}
+    for name in ("own", "run"):
+        for method in ("scratch", "fm-single"):
+            first[name, method] = read_metrics(tmp_path / name / f"digits-vgg9_bn-10/{method}/seed-0/metrics.jsonl")[0]
+    assert [first[key]["lr"] for key in first] == [0.02, 0.1, 0.1, 0.1]
+    assert first["own", "fm-single"]["matching_loss"] == 0 != first["run", "fm-single"]["matching_loss"]
+
+
 def test_a_cell_that_fails_does_not_stop_the_others(tmp_path: Path, inline: None) -> None:
     """A diverged training is a footnote, and is tried again the next time."""
     more = ["--beta", "1e39", "--epochs", "1", "--seeds", "0", "--method", "scratch", "fm-single"]
@@ -213,4 +225,5 @@ def test_a_scheduler_that_stops_all_processes_loses_nothing(tmp_path: Path) -> N
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped and saved" in told
+    assert "not trained yet" in (tmp_path / "stopped/table.md").read_text()
     assert "ended with code" not in told

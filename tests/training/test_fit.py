@@ -208,6 +208,7 @@ def test_a_kill_between_metrics_and_checkpoint(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         save_checkpoint(path, content)
 
+    monkeypatch.setattr(fit_module, "_SAVE_EVERY", 0.0)
     monkeypatch.setattr(fit_module, "save_checkpoint", die)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "killed", killed, its_target, DATA, SCHEDULE, Stop())
@@ -215,6 +216,21 @@ def test_a_kill_between_metrics_and_checkpoint(tmp_path: Path, monkeypatch: pyte
     resumed, its_target = training()
     fit(tmp_path / "killed", resumed, its_target, DATA, SCHEDULE, Stop())
     assert read_metrics(tmp_path / "killed/metrics.jsonl") == read_metrics(tmp_path / "whole/metrics.jsonl")
+
+
+def test_checkpoints_are_written_together_and_not_too_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first epoch and at the end, however short the epochs; best.pt never ahead of last.pt by an epoch."""
+    written: list[tuple[str, int]] = []
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        written.append((path.name, content["state"]["epoch"] if path.name == "last.pt" else content["epoch"]))
+        save_checkpoint(path, content)
+
+    monkeypatch.setattr(fit_module, "save_checkpoint", save)
+    engine, target = training()
+    result = fit(tmp_path, engine, target, DATA, SCHEDULE, Stop())
+    best = [("best.pt", result["best_epoch"])] if result["best_epoch"] else []
+    assert written == [("best.pt", 0), ("last.pt", 1), *best, ("last.pt", 3)]
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
