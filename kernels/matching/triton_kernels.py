@@ -97,16 +97,31 @@ def difference_kernel(
     s_ok = s < C_s
     mask = ok[:, None] & s_ok[None, :]
     start = b0.to(tl.int64) * HW  # row
+    columns = first + s
+    # What needs no product comes first, so that its loads are under way while the products wait for theirs.
+    S = pick(sources, i, 0, len(sources)) + b0.to(tl.int64) * (h * w * C_s)
+    if (h == H) & (w == W):
+        S_tile = tl.load(S + ((rows * C_s)[:, None] + s[None, :]), mask=mask, other=0.0).to(DTYPE)
+    else:
+        S_tile = _gathered(S, b, ij, C_s, h, w, H, W, s, mask, DTYPE)
+    d = tl.load(bias + columns, mask=s_ok, other=0.0).to(DTYPE)[None, :] - S_tile
+    h_sum = tl.zeros((BP, BS), DTYPE)  # H of the formula
+    if ADJOINT:
+        h_sum += tl.load(u_bias + columns, mask=s_ok, other=0.0).to(DTYPE)[None, :]
+    if PRODUCTS:
+        a += b0.to(tl.int64) * row_of_a
+        if WHOLE:
+            ka = tl.load(a + columns, mask=s_ok, other=0.0).to(DTYPE)[None, :] * 2 / HW
+        else:
+            ka = tl.load(a + ((b * row_of_a)[:, None] + columns[None, :]), mask=mask, other=0.0).to(DTYPE) * 2 / HW
     T += start * C
     u_T += start * C
-    d = tl.zeros((BP, BS), DTYPE)
-    h_sum = tl.zeros((BP, BS), DTYPE)  # H of the formula
     for c0 in range(0, C, STEP):
         c = c0 + tl.arange(0, STEP)
         t_mask, r_mask = ok[:, None], s_ok[:, None]
         if not EVEN:
             t_mask, r_mask = t_mask & (c < C)[None, :], r_mask & (c < C)[None, :]
-        o_t, o_r = (rows * C)[:, None] + c[None, :], ((first + s) * C)[:, None] + c[None, :]
+        o_t, o_r = (rows * C)[:, None] + c[None, :], (columns * C)[:, None] + c[None, :]
         t = _rounded(tl.load(T + o_t, mask=t_mask, other=0.0), PRECISION)  # [BP, STEP]
         r_tile = _rounded(tl.load(r + o_r, mask=r_mask, other=0.0), PRECISION)  # [BS, STEP]
         d = _dot(t, r_tile.T, d, PRECISION)
@@ -115,32 +130,18 @@ def difference_kernel(
             u_r_tile = _rounded(tl.load(u_r + o_r, mask=r_mask, other=0.0), PRECISION)
             h_sum = _dot(u_t, r_tile.T, h_sum, PRECISION)
             h_sum = _dot(t, u_r_tile.T, h_sum, PRECISION)
-    S = pick(sources, i, 0, len(sources)) + b0.to(tl.int64) * (h * w * C_s)
-    if (h == H) & (w == W):
-        S_tile = tl.load(S + ((rows * C_s)[:, None] + s[None, :]), mask=mask, other=0.0).to(DTYPE)
-    else:
-        S_tile = _gathered(S, b, ij, C_s, h, w, H, W, s, mask, DTYPE)
-    at_columns = first + s
-    d += tl.load(bias + at_columns, mask=s_ok, other=0.0).to(DTYPE)[None, :] - S_tile
     d = tl.where(mask, d, 0.0)
-    if ADJOINT:
-        h_sum += tl.load(u_bias + at_columns, mask=s_ok, other=0.0).to(DTYPE)[None, :]
-        h_sum = tl.where(mask, h_sum, 0.0)
+    h_sum = tl.where(mask, h_sum, 0.0)
     if SUMS:
         product = (d * h_sum * 2 if ADJOINT else d * d) / HW
         if WHOLE:
-            tl.store(terms + (tile.to(tl.int64) * K + at_columns), tl.sum(product, 0), mask=s_ok)
+            tl.store(terms + (tile.to(tl.int64) * K + columns), tl.sum(product, 0), mask=s_ok)
         else:
-            tl.store(terms + (start * K + ((rows * K)[:, None] + at_columns[None, :])), product, mask=mask)
+            tl.store(terms + (start * K + ((rows * K)[:, None] + columns[None, :])), product, mask=mask)
     if PRODUCTS:
-        a += b0.to(tl.int64) * row_of_a
-        if WHOLE:
-            ka = tl.load(a + at_columns, mask=s_ok, other=0.0).to(DTYPE)[None, :] * 2 / HW
-        else:
-            ka = tl.load(a + ((b * row_of_a)[:, None] + at_columns[None, :]), mask=mask, other=0.0).to(DTYPE) * 2 / HW
         width = 2 * K if ADJOINT else K
         G += start * width
-        o_G = (rows * width)[:, None] + at_columns[None, :]
+        o_G = (rows * width)[:, None] + columns[None, :]
         g = d * ka
         total = g
         if ADJOINT:
@@ -149,4 +150,4 @@ def difference_kernel(
             tl.store(G + (o_G + K), g.to(X), mask=mask)
         else:
             tl.store(G + o_G, g.to(X), mask=mask)
-        tl.store(position_sums + (tile.to(tl.int64) * K + at_columns), tl.sum(total, 0), mask=s_ok)
+        tl.store(position_sums + (tile.to(tl.int64) * K + columns), tl.sum(total, 0), mask=s_ok)
