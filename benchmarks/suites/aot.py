@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 from benchmarks.rows import RESULTS
 from benchmarks.shapes import MATCHING_SHAPES
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.layers import batch_norm_triton
+from l2t_fast.kernels.layers import batch_norm_triton, max_pool_triton
 from l2t_fast.kernels.matching import triton_launch
 from l2t_fast.kernels.sgd import triton_kernels as sgd
 from l2t_fast.kernels.sgd.rule import SGD
@@ -48,7 +48,15 @@ ARCHITECTURES = {
 ASIDE = 32  # bytes that the assembler may put aside for more threads at a time, while it has registers left
 ARITHMETIC = {"bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+POOLINGS = [((2, 2), (2, 2), (0, 0), (1, 1), False), ((3, 3), (2, 2), (1, 1), (1, 1), False)]  # of VGG and of ResNet
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Binary:
         products = self.kernel.startswith("difference") and self.arithmetic != "ieee"
         # SGD goes through parameters as they lie in memory, whatever the features' layout.
         flat, small = self.kernel.startswith("sgd"), self.kernel == "norm coefficients"
-        tiles = channels_last and not small and (products or self.kernel.startswith("norm"))
+        tiles = channels_last and not small and (products or self.kernel.startswith(("norm", "max pool")))
         checks = {
             f"it spills {self.spills}": self.spills > (ASIDE if self.registers < 255 else 0),
             f"it has {self.shared} bytes of shared memory, more than {shared}": self.shared > shared,
@@ -132,6 +140,8 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
             name = f"sgd {part}"
         elif function.fn.__module__ == batch_norm_triton.__name__:
             name = f"norm {part}"
+        elif function.fn.__module__ == max_pool_triton.__name__:
+            name = f"{part.replace('_', ' ')} {arguments['KH']} at {arguments['SH']}"
         else:
             words = [part, "adjoint" if arguments["ADJOINT"] else "gradient"]
             name = " ".join([*words, *(flag.lower() for flag in ("PRODUCTS", "SUMS", "WHOLE") if arguments[flag])])
@@ -150,6 +160,10 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
         triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, False)
         channel = empty(T[0].shape[1], dtype=torch.float32)
         batch_norm_triton.adjoint(T[0], channel, channel, T[0], T[0], *[channel] * 5, True)
+        if layout == "channels_last":  # ATen pools what is contiguous
+            for geometry in POOLINGS:
+                _, places = max_pool_triton.forward(T[0], geometry)
+                max_pool_triton.backward(max_pool_triton.adjoint(T[0], places, geometry), T[0], places, geometry)
         theta = [empty(64, 64, 3, 3, dtype=torch.float32)] * 8
         lr = empty(dtype=torch.float64)
         sgd.step(theta, theta, [p.to(dtype) for p in theta], lr, SGD())

@@ -79,12 +79,13 @@ def _convolution_adjoint(
 ) -> tuple[Tensor | None, ...]:
     """v_g = conv(u_x, w) + conv(x, u_w) + u_bias;  v_x = dgrad(g, u_w);  v_w = wgrad(g, u_x)."""
     need_g, need_x, need_w = needs
-    terms = [
-        *([_convolve(u_x, w, None, geometry)] if need_g and u_x is not None else []),
-        *([_convolve(x, u_w, None, geometry)] if need_g and u_w is not None else []),
-        *([u_bias[:, None, None].expand_as(g)] if need_g and u_bias is not None else []),
-    ]
+    factors = [(u_x, w), (x, u_w)] if need_g else []
+    known = [(a, b) for a, b in factors if a is not None and b is not None]
+    # u_bias is the bias of one of them, which a CPU adds without a pass of its own.
+    terms = [_convolve(a, b, None if i else u_bias, geometry) for i, (a, b) in enumerate(known)]
     v_g = functools.reduce(Tensor.add_, terms) if terms else None
+    if need_g and u_bias is not None and not terms:
+        v_g = u_bias[:, None, None].expand_as(g)
     # One call gives both: dgrad looks at the weight alone, wgrad at the input alone.
     mask = (need_x and u_w is not None, need_w and u_x is not None, False)
     v_x, v_w, _ = _convolve_backward(g, x if u_x is None else u_x, w if u_w is None else u_w, mask, geometry)

@@ -3,11 +3,11 @@
 The meta-gradient differentiates every layer's backward once more; PyTorch's own double backward is dearer than needed.
 A twin is a class: a layer of a network that runs as it is has its forward pass for one (`Twins`), a layer of a traced
 network is replaced by it (`replace_layers`). A call that a twin does not cover (BatchNorm in evaluation mode, half
-precision, autocast, an unbatched image, padding by a word) runs the ordinary forward pass.
+precision, autocast, an unbatched image, padding by a word, indices wanted) runs the ordinary forward pass.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -18,24 +18,27 @@ from torch import Tensor, nn
 
 from l2t_fast.kernels.layers.batch_norm import batch_norm
 from l2t_fast.kernels.layers.convolution import convolution
+from l2t_fast.kernels.layers.max_pool import max_pool
 
 
 def twin_of(layer: nn.Module) -> type[nn.Module] | None:
     """The twin of a layer, None for one that has none.
 
-    Exact types: `nn.Conv2d` (zero padding by a number), `nn.BatchNorm2d` (affine) and `nn.Linear` have one.
+    Exact types: `nn.Conv2d` (zero padding by a number), `nn.BatchNorm2d` (affine), `nn.MaxPool2d` and `nn.Linear`.
     """
     if type(layer) is nn.Conv2d:
         return Conv2d if _pads_by_number(layer) else None
     if type(layer) is nn.BatchNorm2d:
         return BatchNorm2d if layer.weight is not None else None
+    if type(layer) is nn.MaxPool2d:
+        return MaxPool2d
     return Linear if type(layer) is nn.Linear else None
 
 
 class Twins:
     """The layers of a network that have twins, and how they run as these.
 
-    Differentiated a third time, a twin raises L2TError.
+    Differentiated a third time, convolutions and BatchNorms raise L2TError.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -177,6 +180,22 @@ class BatchStatistics2d(BatchNorm2d):
         # Without running statistics of its own the ordinary pass has none to change.
         momentum = self.momentum or 0.0
         return F.batch_norm(input, None, None, self.weight, self.bias, True, momentum, self.eps)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """`nn.MaxPool2d` of a batch; twice differentiable without leaving the layout of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        known = input.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        if self.return_indices or input.dim() != 4 or not known or _autocast(input):
+            return nn.MaxPool2d.forward(self, input)  # type: ignore[no-any-return]
+        pairs = (_pair(n) for n in (self.kernel_size, self.stride or self.kernel_size, self.padding, self.dilation))
+        return max_pool(input, *pairs, self.ceil_mode)  # type: ignore[no-any-return]
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values
 
 
 def _pads_by_number(layer: nn.Conv2d) -> bool:
