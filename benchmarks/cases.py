@@ -19,7 +19,7 @@ MODULES = ("target", "projections", "what", "where")  # of a learner that are tr
 State = dict[str, dict[str, Tensor]]  # of each
 
 WARM_UP_BATCH = 8
-WARM_UP = 12  # iterations after which the meta-gradient is no longer chaotic (CONTRIBUTING.md)
+WARM_UP = 24  # iterations after which the meta-gradient is no longer chaotic (CONTRIBUTING.md)
 
 
 @dataclass(frozen=True)

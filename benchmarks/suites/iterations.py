@@ -41,6 +41,7 @@ from benchmarks.rows import Row, add_row_arguments, append, begin, contender_nam
 from l2t_fast import Engine
 from l2t_fast.choices import Mode
 
+BY = ("reference", "official", "engine")
 SWEEP_BATCH = (0.5, 2)  # of the case's own
 SWEEP_ROUNDS = 3
 REPEAT = 2  # iterations in a row that a turn on a GPU times
@@ -218,6 +219,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the engine, on a GPU")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="on a GPU")
+    parser.add_argument("--by", nargs="+", choices=BY, default=list(BY), help="whose iterations (default: all)")
     parser.add_argument(
         "--others", action="store_true", help="also the meta-gradient alone, by higher and TorchOpt too"
     )
@@ -236,6 +238,7 @@ def run(arguments: argparse.Namespace) -> None:
         judge = Judge(case, device)
         say(f"{case.name}: the judge was ready after {perf_counter() - start:.0f} s")
         ways = ways_of(device, arguments.official, arguments.modes, arguments.precisions)
+        ways = [way for way in ways if way.by in arguments.by]
         timed = iteration_rows(case, ways, rates, arguments.rounds, device, judge, arguments.official)
         write(arguments.output, timed, show)
         if arguments.others:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2t_fast.kernels.beside import beside, captured, joined
 from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted, has_zero_sums
 
 _aten = torch.ops.aten
@@ -81,14 +82,19 @@ def _convolution_adjoint(
     need_g, need_x, need_w = needs
     factors = [(u_x, w), (x, u_w)] if need_g else []
     known = [(a, b) for a, b in factors if a is not None and b is not None]
-    # u_bias is the bias of one of them, which a CPU adds without a pass of its own.
-    terms = [_convolve(a, b, None if i else u_bias, geometry) for i, (a, b) in enumerate(known)]
-    v_g = functools.reduce(Tensor.add_, terms) if terms else None
-    if need_g and u_bias is not None and not terms:
-        v_g = u_bias[:, None, None].expand_as(g)
+    terms: list[Tensor] = []
+    for i, (a, b) in enumerate(known):
+        with beside(g, when=i > 0):
+            # u_bias is the bias of one of them, which a CPU adds without a pass of its own.
+            terms.append(_convolve(a, b, None if i else u_bias, geometry))
     # One call gives both: dgrad looks at the weight alone, wgrad at the input alone.
     mask = (need_x and u_w is not None, need_w and u_x is not None, False)
     v_x, v_w, _ = _convolve_backward(g, x if u_x is None else u_x, w if u_w is None else u_w, mask, geometry)
+    if len(terms) > 1:
+        joined(g)
+    v_g = functools.reduce(Tensor.add_, terms) if terms else None
+    if need_g and u_bias is not None and not terms:
+        v_g = u_bias[:, None, None].expand_as(g)
     return v_g, v_x, v_w
 
 
@@ -104,5 +110,15 @@ def _convolve_backward(
     stride, padding, dilation, groups = geometry
     if not any(mask):
         return None, None, None
-    sizes = [w.shape[0]]
-    return _aten.convolution_backward(g, x, w, sizes, stride, padding, dilation, False, (0, 0), groups, mask)  # type: ignore[no-any-return]
+
+    def backward(*mask: bool) -> tuple[Tensor | None, ...]:
+        sizes = [w.shape[0]]
+        return _aten.convolution_backward(g, x, w, sizes, stride, padding, dilation, False, (0, 0), groups, mask)  # type: ignore[no-any-return]
+
+    if not (mask[0] and mask[1] and captured(g)):
+        return backward(*mask)
+    with beside(g):
+        _, g_w, g_bias = backward(False, *mask[1:])
+    g_x, _, _ = backward(True, False, False)
+    joined(g)
+    return g_x, g_w, g_bias

@@ -9,7 +9,7 @@ g_r, and neither product has the shape that tensor cores like (benchmarks/NOTES.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from l2t_fast.kernels import launch
+from l2t_fast.kernels.beside import beside, joined
 from l2t_fast.kernels.matching.blocks import blocks_of
 from l2t_fast.kernels.matching.triton_kernels import difference_kernel
 
@@ -119,71 +120,71 @@ def _rows(feature: Tensor) -> Tensor:
 
 
 def _differences(
-    point: _Point, u: _Direction | None, sums: Tensor | None, *, products: bool
-) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Goes through the layers, slice by slice of the samples: (index of the layer, samples, G, sums of positions [K]).
+    point: _Point, index: int, u: _Direction | None, sums: Tensor | None, *, products: bool
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Goes through the samples of a layer, slice by slice: (samples, G, its sums over the positions of tiles).
 
     sums [B, columns]: gets E, or in the direction u v_a. Without `products` that is all.
     """
+    layer = point.layers[index]
     dtype = point.targets[0].dtype
     precision = _precision(dtype)
     arch, _ = launch.device_properties(point.targets[0].device)
     chosen = blocks_of(arch, dtype, precision, u is not None)
     summed = _accumulator(dtype)
     d = u or _Direction(point.targets, point.r, point.bias)  # without u never read
-    for index, layer in enumerate(point.layers):
-        T = point.targets[layer.n]
-        B, C, H, W = layer.shape
-        S = [point.sources[point.source_of[p]] for p in layer.pairs]
-        shapes = tuple((x.shape[1], x.shape[2], x.shape[3]) for x in S)
-        channels = [C_s for C_s, _, _ in shapes]
-        block = _block(channels, chosen.channels)
-        table = _table(shapes, block, T.device)
-        width = layer.K if u is None else 2 * layer.K
-        whole = layer.area >= chosen.positions
-        for part in _slices(B, layer.area * width * dtype.itemsize if products else 0):
-            samples = part.stop - part.start
-            rows = samples * layer.area
-            tiles = samples * _ceil(layer.area, chosen.positions) if whole else _ceil(rows, chosen.positions)
-            # What is not asked for is not written either: any pointer will do.
-            G = T.new_empty((rows, width)) if products else T
-            position_sums = T.new_empty((tiles, layer.K), dtype=summed) if products else point.bias
-            terms = T if sums is None else T.new_empty((tiles if whole else rows, layer.K), dtype=summed)
-            arguments: dict[str, Any] = {
-                "T": T[part],
-                "u_T": d.targets[layer.n][part],
-                "sources": tuple(x[part] for x in S),
-                "r": point.r[index],
-                "u_r": d.r[index],
-                "bias": point.bias[layer.columns],
-                "u_bias": d.bias[layer.columns],
-                "a": point.a[part, layer.columns],
-                "G": G,
-                "position_sums": position_sums,
-                "terms": terms,
-                "blocks": table,
-                "batch": samples,
-                "C": C,
-                "H": H,
-                "W": W,
-                "K": layer.K,
-                "row_of_a": point.a.stride(0),
-                "BP": chosen.positions,
-                "BS": block,
-                "STEP": chosen.step,
-                "EVEN": C % chosen.step == 0,
-                "WHOLE": whole,
-                "ADJOINT": u is not None,
-                "PRODUCTS": products,
-                "SUMS": sums is not None,
-                "PRECISION": precision,
-                "ALIGN": math.gcd(16, *channels),
-                "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
-            }
-            launch.launch(difference_kernel, (len(table), tiles), arguments, T, chosen.warps, chosen.stages)
-            if sums is not None:
-                torch.sum(terms.view(samples, -1, layer.K), 1, out=sums[part, layer.columns])
-            yield index, part, G, position_sums
+    T = point.targets[layer.n]
+    B, C, H, W = layer.shape
+    S = [point.sources[point.source_of[p]] for p in layer.pairs]
+    shapes = tuple((x.shape[1], x.shape[2], x.shape[3]) for x in S)
+    channels = [C_s for C_s, _, _ in shapes]
+    block = _block(channels, chosen.channels)
+    table = _table(shapes, block, T.device)
+    width = layer.K if u is None else 2 * layer.K
+    whole = layer.area >= chosen.positions
+    for part in _slices(B, layer.area * width * dtype.itemsize if products else 0):
+        samples = part.stop - part.start
+        rows = samples * layer.area
+        tiles = samples * _ceil(layer.area, chosen.positions) if whole else _ceil(rows, chosen.positions)
+        # What is not asked for is not written either: any pointer will do.
+        G = T.new_empty((rows, width)) if products else T
+        position_sums = T.new_empty((tiles, layer.K), dtype=summed) if products else point.bias
+        terms = T if sums is None else T.new_empty((tiles if whole else rows, layer.K), dtype=summed)
+        arguments: dict[str, Any] = {
+            "T": T[part],
+            "u_T": d.targets[layer.n][part],
+            "sources": tuple(x[part] for x in S),
+            "r": point.r[index],
+            "u_r": d.r[index],
+            "bias": point.bias[layer.columns],
+            "u_bias": d.bias[layer.columns],
+            "a": point.a[part, layer.columns],
+            "G": G,
+            "position_sums": position_sums,
+            "terms": terms,
+            "blocks": table,
+            "batch": samples,
+            "C": C,
+            "H": H,
+            "W": W,
+            "K": layer.K,
+            "row_of_a": point.a.stride(0),
+            "BP": chosen.positions,
+            "BS": block,
+            "STEP": chosen.step,
+            "EVEN": C % chosen.step == 0,
+            "WHOLE": whole,
+            "ADJOINT": u is not None,
+            "PRODUCTS": products,
+            "SUMS": sums is not None,
+            "PRECISION": precision,
+            "ALIGN": math.gcd(16, *channels),
+            "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
+        }
+        launch.launch(difference_kernel, (len(table), tiles), arguments, T, chosen.warps, chosen.stages)
+        if sums is not None:
+            torch.sum(terms.view(samples, -1, layer.K), 1, out=sums[part, layer.columns])
+        yield part, G, position_sums
 
 
 def _slices(batch: int, bytes_of_a_sample: int) -> Iterator[slice]:
@@ -246,20 +247,45 @@ def _products(
     g_bias = point.bias.new_empty(len(point.bias), dtype=summed)
     g_T = {layer.n: torch.empty_like(point.targets[layer.n]) for layer in point.layers}
     factors = point.r if u is None else [torch.cat(two) for two in zip(point.r, u.r, strict=True)]  # [K or 2 K, C]
-    for index, part, G, position_sums in _differences(point, u, sums, products=True):
-        layer = point.layers[index]
-        torch.mm(G, factors[index], out=_rows(g_T[layer.n][part]))
-        first = part.start == 0
-        _product(G[:, : layer.K].T, _rows(point.targets[layer.n][part]), g_r[index], add=not first)
-        if u is not None:
-            _product(G[:, layer.K :].T, _rows(u.targets[layer.n][part]), g_r[index], add=True)
-        of_layer = g_bias[layer.columns]
-        if first:
-            torch.sum(position_sums, 0, out=of_layer)
-        else:
-            of_layer.add_(position_sums.sum(0))
+
+    def of_layer(index: int, layer: _Layer) -> None:
+        for part, G, position_sums in _differences(point, index, u, sums, products=True):
+            torch.mm(G, factors[index], out=_rows(g_T[layer.n][part]))
+            first = part.start == 0
+            _product(G[:, : layer.K].T, _rows(point.targets[layer.n][part]), g_r[index], add=not first)
+            if u is not None:
+                _product(G[:, layer.K :].T, _rows(u.targets[layer.n][part]), g_r[index], add=True)
+            if first:
+                torch.sum(position_sums, 0, out=g_bias[layer.columns])
+            else:
+                g_bias[layer.columns].add_(position_sums.sum(0))
+
+    _each_layer(point, of_layer)
     of_targets = [_like(g_T[n], T) if n in g_T else torch.zeros_like(T) for n, T in enumerate(targets)]
     return of_targets, _of_pairs(flat, point, projections), _of_pairs(g_bias, point, biases)
+
+
+def _each_layer(point: _Point, function: Callable[[int, _Layer], None]) -> None:
+    """The largest beside all others."""
+    areas = [layer.area * layer.K * layer.C for layer in point.layers]
+    largest = areas.index(max(areas))
+    T = point.targets[0]
+    with beside(T, when=len(areas) > 1):
+        for index, layer in enumerate(point.layers):
+            if index != largest:
+                function(index, layer)
+    function(largest, point.layers[largest])
+    joined(T)
+
+
+def _sums_alone(point: _Point, u: _Direction | None, sums: Tensor) -> None:
+    """`sums` of `_differences`."""
+
+    def of_layer(index: int, layer: _Layer) -> None:
+        for _ in _differences(point, index, u, sums, products=False):
+            pass
+
+    _each_layer(point, of_layer)
 
 
 def _product(x: Tensor, y: Tensor, into: Tensor, *, add: bool) -> None:
@@ -307,8 +333,7 @@ def matching_distances(
     """E; see `matching.ops.matching_distances`."""
     point = _point(targets, sources, projections, biases, None, source_of, target_of)
     sums = _new_sums(point)
-    for _ in _differences(point, None, sums, products=False):
-        pass
+    _sums_alone(point, None, sums)
     return _of_pairs(sums, point, [r.new_empty(targets[0].shape[0], r.shape[0]) for r in projections])
 
 
@@ -350,6 +375,5 @@ def matching_adjoint(
     if primal:
         v = _products(point, u, sums, targets, projections, biases)
     else:
-        for _ in _differences(point, u, sums, products=False):
-            pass
+        _sums_alone(point, u, sums)
     return *v, _of_pairs(sums, point, coefficients)

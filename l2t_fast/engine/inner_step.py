@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l2t_fast.errors import L2TError
+from l2t_fast.kernels.beside import joined
 from l2t_fast.kernels.layers.autograd import constant_primals
 from l2t_fast.kernels.matching import ops
 from l2t_fast.learner.attributes import apart, read_attributes, set_attributes
@@ -87,6 +88,8 @@ def gradient(
     def forward(target: Theta, heads: Theta) -> _Forward:
         copies = _copies(buffers)
         outputs, loss, logits = _outputs(networks.target, target, copies, batch.x, batch.y, simulated)
+        if not networks.traced:
+            joined(batch.x)  # what follows reads what the source pass made
         values = _terms(learner, networks.target, target, copies, heads, batch, outputs) if total else []
         T = learner.paired(outputs) if matching else []
         return [*([sum(values, loss)] if task else []), *T], (loss, logits, values, copies)

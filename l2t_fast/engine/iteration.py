@@ -13,6 +13,7 @@ from l2t_fast.engine.compile import Steps
 from l2t_fast.engine.inner_step import Gradient, StepInput, Theta
 from l2t_fast.engine.state import Trained
 from l2t_fast.engine.surroundings import RealSurroundings, SimulatedSurroundings
+from l2t_fast.kernels.beside import beside, joined
 from l2t_fast.kernels.sgd.step import sgd_step, sgd_step_
 from l2t_fast.learner.learner import L2T
 
@@ -73,14 +74,15 @@ class Iteration:
 
     @torch.enable_grad()
     def matching(self, steps: Steps, tensors: Sequence[Tensor]) -> Matching:
-        """What an iteration needs once."""
+        """What an iteration needs once. In a capture the source pass is made beside the target's first forward pass."""
         pairs, outer = self.split(tensors)
         batches: list[StepInput] = []
         all_a: list[list[Tensor]] = []
         all_lam: list[list[Tensor]] = []
         for x, y in pairs:
             if self.learner.uses_sources:
-                S, source_of, a, lam, kept = steps.source_pass(x, self.learner.resizes(x))
+                with beside(x, when=not steps.functional):
+                    S, source_of, a, lam, kept = steps.source_pass(x, self.learner.resizes(x))
             else:
                 S, source_of, a, lam, kept = [], [], [], [], []
             batches.append(StepInput(x, y, S, source_of, [a_p.detach() for a_p in a], kept))
@@ -101,7 +103,9 @@ class Iteration:
         if not steps.functional:
             theta = {name: p.requires_grad_() for name, p in theta.items()}
         buffers = dict(self.learner.target.named_buffers()) if steps.functional else {}
-        return steps.gradient(Kind(0, task=True, matching=True), False, theta, batch, buffers)
+        found = steps.gradient(Kind(0, task=True, matching=True), False, theta, batch, buffers)
+        joined(batch.x)
+        return found
 
     def meta_gradient(
         self, steps: Steps, matched: Matching, theta: Theta, momentum: Theta, *, draws: bool
