@@ -178,11 +178,10 @@ def ways_of(
     precisions: Sequence[Precision] = PRECISIONS,
 ) -> list[Way]:
     """All ways that the device may have, the most telling first; on a CPU neither low precisions nor graphs."""
-    official_too = [Way("official")] if checkout else []
     if device.type == "cpu":
-        return [REFERENCE, *official_too, Way(), Way(memory="recompute")]
-    if checkout and "tf32" in precisions:
-        official_too.append(Way("official", precision="tf32"))
+        return [REFERENCE, *([Way("official")] if checkout else []), Way(), Way(memory="recompute")]
+    theirs: list[Precision] = [p for p in ("fp32", "tf32") if checkout and p in precisions]  # it knows no other
+    official_too = [Way("official", precision=p) for p in theirs]
     ways = [REFERENCE, *official_too, *(Way(mode=mode, precision=p) for mode in modes for p in precisions)]
     if "eager" in modes:
         ways += [Way(memory="recompute"), *(Way("reference", precision=p) for p in precisions if p != "fp32")]

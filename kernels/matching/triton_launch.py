@@ -184,7 +184,9 @@ def _differences(
         launch.launch(difference_kernel, (len(table), tiles), arguments, T, chosen.warps, chosen.stages)
         if sums is not None:
             torch.sum(terms.view(samples, -1, layer.K), 1, out=sums[part, layer.columns])
+        del terms, arguments
         yield part, G, position_sums
+        del G, position_sums  # before the next slice's are made
 
 
 def _slices(batch: int, bytes_of_a_sample: int) -> Iterator[slice]:
@@ -259,6 +261,7 @@ def _products(
                 torch.sum(position_sums, 0, out=g_bias[layer.columns])
             else:
                 g_bias[layer.columns].add_(position_sums.sum(0))
+            del G, position_sums
 
     _each_layer(point, of_layer)
     of_targets = [_like(g_T[n], T) if n in g_T else torch.zeros_like(T) for n, T in enumerate(targets)]

@@ -25,15 +25,21 @@ class CudaGraph:
     def __init__(self, function: Callable[[], object], stream: torch.cuda.Stream | None, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[current.device_index]
+        drawn = generator.get_state()
         try:
             # thread_local: other threads (loaders that pin memory) may call CUDA meanwhile.
             with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 function()
         except Exception:
-            # A capture that CUDA itself broke off leaves the stream current and the allocator in the graph's pool.
+            # A capture that CUDA itself broke off leaves the stream current, the allocator in the graph's pool, and the
+            # generator believing that it is captured, so that nothing could be drawn any more: it gets another state.
             torch.cuda.set_stream(current)
             with suppress(Exception):
                 torch._C._cuda_endAllocateToPool(current.device_index, pool)
+            fresh = torch.Generator(current.device)
+            fresh.set_state(drawn)
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
             raise
 
     def replay(self) -> None:

@@ -66,8 +66,12 @@ def test_speedups_over_the_official_code_with_and_without_tf32(
 
     monkeypatch.setattr(official, "Official", Official)
     monkeypatch.setattr(Judge, "verdict", lambda *_: {"correct": True})
-    chosen = ways.ways_of(torch.device("cuda"), tmp_path, ["eager"], ["tf32"])
-    assert chosen[:4] == [ways.REFERENCE, *OFFICIALS, ways.Way(precision="tf32")]
+    chosen = ways.ways_of(torch.device("cuda"), tmp_path, ["eager"], ["fp32", "tf32"])
+    assert chosen[:4] == [ways.REFERENCE, *OFFICIALS, ways.Way(precision="fp32")]
+    assert ways.ways_of(torch.device("cuda"), tmp_path, ["graph"], ["bf16"]) == [
+        ways.REFERENCE,
+        ways.Way(mode="graph", precision="bf16"),
+    ]
     rows = list(iterations.iteration_rows(SMALL_CASE, [*OFFICIALS, ways.Way()], RATES, 1, CPU, judge, tmp_path))
     assert set(switches) == {("highest", False), ("highest", True)}
     assert not torch.backends.cudnn.allow_tf32
