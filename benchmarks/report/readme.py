@@ -21,7 +21,7 @@ def readme_block(path: Path) -> str:
         MarkdownColumn("case", text("case")),
         MarkdownColumn("batch", text("batch")),
         MarkdownColumn("by", contender_name),
-        MarkdownColumn("ms an iteration", lambda row: f"{row['ms_median']:.0f}"),
+        MarkdownColumn("ms an iteration", lambda row: f"{row['ms_median']:.4g}"),
         MarkdownColumn("× reference", speedup("reference")),
         MarkdownColumn("× official", speedup("official")),
         MarkdownColumn("× official tf32", speedup("official_tf32")),
@@ -38,16 +38,19 @@ def readme_block(path: Path) -> str:
 
 
 def update_readme(path: Path, readme: Path = README) -> None:
-    """Writes the README's numbers anew, from a results file.
+    """Writes the README's numbers of a device anew, from a results file.
 
     Raises:
-        L2TError: the README has no place for them.
+        L2TError: the README has no place, or several, for what was measured on this device.
     """
     content = readme.read_text()
     begin, end = (re.escape(marker).replace(r"\{\}", r"\S*") for marker in MARKERS)
-    changed, count = re.subn(f"{begin}.*?{end}", lambda _: readme_block(path), content, flags=re.DOTALL)
+    device = read(path)[0]["device"]
+    mine = rf"{begin}\n{re.escape(device)}, (?:(?!{end}).)*{end}"
+    changed, count = re.subn(mine, lambda _: readme_block(path), content, flags=re.DOTALL)
     if count != 1:
         raise L2TError(
-            f"{readme} has {count} places for what was measured: it needs one, between {' and '.join(MARKERS)}."
+            f"{readme} has {count} places for what was measured on {device}: it needs one, "
+            f"'{device}, ' between {' and '.join(MARKERS)}."
         )
     readme.write_text(changed)

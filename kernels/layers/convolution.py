@@ -84,18 +84,23 @@ def _convolution_adjoint(
     known = [(a, b) for a, b in factors if a is not None and b is not None]
     terms: list[Tensor] = []
     for i, (a, b) in enumerate(known):
-        with beside(g, when=i > 0):
+        with beside(g, when=i > 0 and _short(g)):
             # u_bias is the bias of one of them, which a CPU adds without a pass of its own.
             terms.append(_convolve(a, b, None if i else u_bias, geometry))
     # One call gives both: dgrad looks at the weight alone, wgrad at the input alone.
     mask = (need_x and u_w is not None, need_w and u_x is not None, False)
     v_x, v_w, _ = _convolve_backward(g, x if u_x is None else u_x, w if u_w is None else u_w, mask, geometry)
-    if len(terms) > 1:
+    if len(terms) > 1 and _short(g):
         joined(g)
     v_g = functools.reduce(Tensor.add_, terms) if terms else None
     if need_g and u_bias is not None and not terms:
         v_g = u_bias[:, None, None].expand_as(g)
     return v_g, v_x, v_w
+
+
+def _short(g: Tensor) -> bool:
+    """Whether kernels gain by running beside each other: those of float32 take long enough to fill the device."""
+    return g.dtype == torch.bfloat16
 
 
 def _convolve(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Sequence[Any]) -> Tensor:
@@ -115,7 +120,7 @@ def _convolve_backward(
         sizes = [w.shape[0]]
         return _aten.convolution_backward(g, x, w, sizes, stride, padding, dilation, False, (0, 0), groups, mask)  # type: ignore[no-any-return]
 
-    if not (mask[0] and mask[1] and captured(g)):
+    if not (mask[0] and mask[1] and _short(g) and captured(g)):
         return backward(*mask)
     with beside(g):
         _, g_w, g_bias = backward(False, *mask[1:])
