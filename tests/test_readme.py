@@ -23,15 +23,17 @@ def test_the_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'meta_loss': " in capsys.readouterr().out
 
 
-def test_the_result_under_the_title_is_that_of_the_file_it_names() -> None:
+def test_the_results_under_the_title_are_those_of_the_files_they_name() -> None:
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") <= 120
     (result,) = re.findall(r"^\*\*Result:\*\*.*?\n\n", readme, re.DOTALL | re.MULTILINE)
-    (file,) = re.findall(r"benchmarks/results/\S+\.jsonl", result)
-    measured = readme_block(ROOT / file)
-    numbers = re.findall(r"\*\*\d[\d.]*\*\*|\d+(?= ms)", result)
-    assert len(numbers) == 5
-    assert [number for number in numbers if number not in measured] == []
+    sentences = re.findall(r"(.*?)\(\[rows\]\((benchmarks/results/\S+\.jsonl)\)", result, re.DOTALL)
+    assert len(sentences) == 2
+    for sentence, file in sentences:
+        measured = readme_block(ROOT / file)
+        numbers = re.findall(r"\*\*\d[\d.]*\*\*|[\d.]+(?= ms)", sentence)
+        assert len(numbers) >= 3
+        assert [number for number in numbers if number not in measured] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

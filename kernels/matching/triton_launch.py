@@ -4,8 +4,8 @@ Of each target layer the differences of all its pairs stand side by side: d = r 
 G = k a d and written once, as a matrix [B HW, K] (`triton_kernels.py`). Then g_T = G r and g_r = Gᵀ T are one product
 each; the adjoint likewise with [k a H | G]. G takes `SLICE` bytes at most: so many samples at a time.
 
-On an H200 this is three times as fast as keeping d on the chip, where a tile must be formed for g_T and once more for g_r,
-and neither product has the shape that tensor cores like (benchmarks/NOTES.md).
+On an H200 this is three times as fast as keeping d on the chip, where a tile must be formed for g_T and once more for
+g_r, and neither product has the shape that tensor cores like (benchmarks/NOTES.md).
 """
 
 import math
