@@ -21,6 +21,7 @@ COMMANDS = {
         "report.markdown",
         "Markdown and pictures of a results file; --readme: also benchmarks/README.md's numbers",
     ),
+    "cells": ("report.cells", "tables of trainings as one file of rows, with Markdown and a picture of them"),
     "iterations": ("suites.iterations", "whole iterations: the reference, the official code, the engine in its modes"),
     "operators": ("suites.operators", "the matching operators: Triton, ATen, eager PyTorch, torch.compile"),
     "steps": ("suites.steps", "the steps of an iteration: inner steps, source pre-pass, input pipeline"),

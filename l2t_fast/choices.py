@@ -7,7 +7,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Memory = Literal["save", "recompute"]
 Scheme = Literal["transfer", "simulation"]
 What = Literal["softmax", "uniform"]
-Where = Literal["relu6", "relu", "relu-avg", "softplus", "fixed"]
+Where = Literal["relu6", "relu6-inward", "relu", "relu-avg", "softplus", "fixed"]
 PairRule = Literal["all-to-all", "one-to-one", "single"]
 
 # Rows of the tables, in their order; those in LEARNING learn what or where to transfer, all others are baselines.

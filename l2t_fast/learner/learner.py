@@ -43,6 +43,7 @@ class L2T(nn.Module):
             An empty list is plain training.
         what: channel weights w: "softmax" of a linear map of the pooled source feature, or "uniform" (1/C_s).
         where: pair weights λ: "relu6", "relu" or "relu-avg" (of the pooled feature divided by C_s) of a linear map,
+            "relu6-inward" (relu6 that pairs come back from: at 0 and 6 a gradient passes if it leads inwards),
             "softplus" (a constant softplus(10 a) for each pair), or "fixed" (1).
         terms: what else L_total has beside cross entropy and matching loss (`l2t_fast.learner.terms`): each is made of
             the shapes of the networks, and its parameters are trained together with the target.

@@ -1,6 +1,7 @@
 """What and where: the meta-networks f and g, and the weights w (eq. 2) and λ (eq. 3) that they give."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,35 @@ from torch import Tensor, nn
 from l2t_fast.choices import What, Where
 from l2t_fast.errors import L2TError
 
-_RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {"relu6": F.relu6, "relu": F.relu, "relu-avg": F.relu}
+
+class _Inward(torch.autograd.Function):
+    """relu6; where it holds λ at 0 or 6, a gradient passes if descent moves λ inwards, as a projected gradient does."""
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return F.relu6(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return g.masked_fill(((z <= 0) & (g > 0)) | ((z >= 6) & (g < 0)), 0)
+
+
+def _inward(z: Tensor) -> Tensor:
+    out: Tensor = _Inward.apply(z)
+    return out
+
+
+_RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": F.relu6,
+    "relu6-inward": _inward,
+    "relu": F.relu,
+    "relu-avg": F.relu,
+}
 
 
 class Constant(nn.Module):

@@ -76,8 +76,9 @@ class OptimConfig(EngineOptions):
     """passes over the training images"""
     batch_size: int | None = None
     """images in a batch"""
-    where: Literal["relu6", "relu", "relu-avg", "softplus"] = "relu6"
-    """pair weights of l2t-ww: rectified, of the pooled source feature (-avg: divided by its channels), or constants"""
+    where: Literal["relu6", "relu6-inward", "relu", "relu-avg", "softplus"] = "relu6"
+    """pair weights of l2t-ww: rectified, of the pooled source feature (-avg: divided by its channels; -inward: with a
+    way back from 0 and 6, where relu6 has no gradient), or constants"""
 
 
 @dataclass(frozen=True)

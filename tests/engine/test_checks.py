@@ -98,7 +98,8 @@ def test_a_batch_of_one_is_fine_without_batchnorm() -> None:
     ("options", "message"),
     [
         ({"what": "hardmax"}, r"what='hardmax' is unknown: use 'softmax' or 'uniform'"),
-        ({"where": "relu7"}, r"where='relu7' is unknown: use 'relu6', 'relu', 'relu-avg', 'softplus' or 'fixed'"),
+        ({"where": "relu7"}, r"where='relu7' is unknown: use 'relu6', 'relu6-inward', 'relu', 'relu-avg', "
+            "'softplus' or 'fixed'"),
         ({"pairs": [(0, 2)]}, r"\(0, 0, 2\) .* no target layer 2"),
         ({"source_layers": ["0", "5"]}, r"the source 0 has no layer '5'"),
         ({"source_layers": [["0"], ["1"]]}, r"one list of names for each of the 1 sources"),

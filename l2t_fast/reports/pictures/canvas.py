@@ -1,6 +1,7 @@
 """What all pictures share."""
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from matplotlib.figure import Figure
 
 from l2t_fast.files import save_bytes
 from l2t_fast.reports.arrays import Array
+
+Style = Mapping[str, Any]
 
 
 def figure(width: float, height: float) -> Any:
@@ -24,6 +27,25 @@ def plot_band(axes: Any, x: Array, curves: Array, shade: float = 0.15, **line: A
     style = {"marker": "." if len(x) < 30 else None, **line}
     (drawn,) = axes.plot(x, mean, **style)
     axes.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=shade, linewidth=0)
+
+
+def name_ends(axes: Any, names: Sequence[str], ends: Sequence[tuple[float, float]], styles: Sequence[Style]) -> None:
+    """Names at the right of lines that end at (x, y), as high as these where there is room; styles: of each name."""
+    low, high = axes.get_ylim()
+    height = high
+    for i in sorted(range(len(names)), key=lambda i: -ends[i][1]):
+        height = min(ends[i][1], height)
+        arrow = {"arrowstyle": "-", "color": styles[i]["color"], "linewidth": 0.6, "relpos": (0, 0.5)}
+        axes.annotate(
+            names[i],
+            ends[i],
+            (1.04, height),
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            arrowprops={**arrow, "shrinkA": 1, "shrinkB": 3},
+            **styles[i],
+        )
+        height -= 0.05 * (high - low)
 
 
 def save(fig: Any, path: Path) -> None:

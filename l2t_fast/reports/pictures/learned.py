@@ -8,35 +8,33 @@ from matplotlib import colormaps
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from l2t_fast.reports.arrays import Array
 from l2t_fast.reports.learned import Learned
-from l2t_fast.reports.pictures.canvas import figure, plot_band, save
+from l2t_fast.reports.pictures.canvas import figure, name_ends, plot_band, save
 
 _LABELLED = 5  # lines with their name beside them
+_WIDEST = 11.0  # points, of the line of the highest λ
 
 
 def plot_learned(path: Path, learned: Learned, title: str) -> None:
-    """Left a matrix source layers x target layers of λ for each source, middle λ over the epochs, right the channels.
+    """Left the layers of each source and the target with λ between them, middle λ over the epochs, right the channels.
 
     What is fixed, or not known yet, has no panel; something must be known.
     """
     sources = list(dict.fromkeys(source for source, _, _ in learned.layers or []))
-    matrices = sources if learned.final is not None else []
-    wide = len({n for _, _, n in learned.layers or []})
-    widths = ([0.9 + 0.62 * wide] if matrices else []) + ([4.6] if learned.history is not None else [])
+    linked = sources if learned.final is not None else []
+    widths = ([4.0] if linked else []) + ([4.6] if learned.history is not None else [])
     widths += [3.9] if learned.profiles is not None else []
-    height = max(4.2, sum(1.2 + 0.42 * len(_layer_names(learned, s, 1)) for s in matrices))
+    height = max(4.2, sum(0.8 + 0.42 * max(len(_layer_names(learned, s, i)) for i in (1, 2)) for s in linked))
     fig = figure(sum(widths) + 1.2, height)
     spec = fig.add_gridspec(1, len(widths), width_ratios=widths)
     grid = iter([spec[0, i] for i in range(len(widths))])
     colors = _colors(learned)
-    if matrices and learned.final is not None:
-        tall = [len(_layer_names(learned, source, 1)) for source in matrices]
-        places = next(grid).subgridspec(len(matrices), 1, height_ratios=tall)
+    if linked and learned.final is not None:
+        places = next(grid).subgridspec(len(linked), 1)
         highest = float(learned.final.mean(0).max())
-        for i, source in enumerate(matrices):
-            _matrix(fig.add_subplot(places[i, 0]), learned, source, highest)
-        fig.axes[0].set_title("pair weight λ at the end", fontsize=10)
+        for i, source in enumerate(linked):
+            _links(fig.add_subplot(places[i, 0]), learned, source, colors, highest)
+        fig.axes[0].set_title(f"pair weight λ at the end (widest: {highest:.2f})", fontsize=10, pad=8)
     if learned.history is not None:
         _history(fig.add_subplot(next(grid)), learned, colors)
     if learned.profiles is not None:
@@ -69,26 +67,29 @@ def _legend(fig: Any, learned: Learned, colors: list[Any]) -> None:
     fig.legend(handles=handles, title="source layer", title_fontsize=8, fontsize=8, **where)
 
 
-def _matrix(axes: Any, learned: Learned, source: str, highest: float) -> None:
-    """λ of every pair of one source, as color and as number."""
+def _links(axes: Any, learned: Learned, source: str, colors: list[Any], highest: float) -> None:
+    """Layers of one source at the left, of the target at the right, first ones below: a line a pair, as wide as λ."""
     assert learned.final is not None
     ms, ns = _layer_names(learned, source, 1), _layer_names(learned, source, 2)
-    values = np.full((len(ms), len(ns)), np.nan)
-    for (s, m, n), weight in zip(learned.layers or [], learned.final.mean(0), strict=True):
-        if s == source:
-            values[ms.index(m), ns.index(n)] = weight
-    top = highest if highest > 0 else 1.0
-    axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=top)
-    for (i, j), weight in np.ndenumerate(values):
-        if not np.isnan(weight):
-            color = "white" if weight > 0.6 * top else "black"
-            axes.text(j, i, f"{weight:.2f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(ns)), ns, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set_yticks(range(len(ms)), ms, fontsize=8)
-    axes.set_xlabel("target layer", fontsize=9)
-    axes.set_ylabel(f"layer of source {source}" if source else "source layer", fontsize=9)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    left, right = np.linspace(0, 1, len(ms) + 2)[1:-1], np.linspace(0, 1, len(ns) + 2)[1:-1]
+    drawn = zip(learned.layers or [], learned.final.mean(0), colors, strict=True)
+    for (s, m, n), weight, color in sorted(drawn, key=lambda pair: pair[1]):
+        if s == source and weight > 0:
+            part = weight / highest
+            y = (left[ms.index(m)], right[ns.index(n)])
+            style = {"color": color, "alpha": 0.35 + 0.6 * part, "solid_capstyle": "butt"}
+            axes.plot((0, 1), y, linewidth=_WIDEST * part, **style)
+    shades = {m: color for (s, m, _), color in zip(learned.layers or [], colors, strict=True) if s == source}
+    for m, y in zip(ms, left, strict=True):
+        axes.plot(0, y, "s", color=shades[m], markersize=9, clip_on=False)
+        axes.text(-0.09, y, m, ha="right", va="center", fontsize=8)
+    for n, y in zip(ns, right, strict=True):
+        axes.plot(1, y, "s", color="0.35", markersize=9, clip_on=False)
+        axes.text(1.09, y, n, ha="left", va="center", fontsize=8)
+    axes.text(0, 1, f"source {source}".strip(), ha="center", va="bottom", fontsize=9)
+    axes.text(1, 1, "target", ha="center", va="bottom", fontsize=9)
+    axes.set(xlim=(-0.05, 1.05), ylim=(0, 1.04))
+    axes.axis("off")
 
 
 def _history(axes: Any, learned: Learned, colors: list[Any]) -> None:
@@ -107,32 +108,13 @@ def _history(axes: Any, learned: Learned, colors: list[Any]) -> None:
     low = 0.0 if low < 0.3 * high else low
     margin = 0.04 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
-    low, high = axes.get_ylim()
-    heights = _spread(ends[labelled], 0.045 * (high - low), high)
-    for p, height in zip(labelled, heights, strict=True):
-        axes.annotate(
-            learned.names[p],
-            (epochs[-1], ends[p]),
-            (1.04, height),
-            textcoords=axes.get_yaxis_transform(),
-            fontsize=8,
-            va="center",
-            color=colors[p],
-            arrowprops={"arrowstyle": "-", "color": colors[p], "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2},
-        )
+    styles = [{"color": colors[p], "fontsize": 8} for p in labelled]
+    name_ends(axes, [learned.names[p] for p in labelled], [(epochs[-1], ends[p]) for p in labelled], styles)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch", fontsize=9)
     axes.set_ylabel("mean λ in the epoch", fontsize=9)
     axes.set_title("pair weight λ over training", fontsize=10)
     _trim(axes)
-
-
-def _spread(values: Array, gap: float, top: float) -> list[float]:
-    """Heights for labels of falling `values`, `gap` apart, the first not above `top`."""
-    heights: list[float] = []
-    for value in values:
-        heights.append(min(float(value), heights[-1] - gap if heights else top))
-    return heights
 
 
 def _profiles(axes: Any, learned: Learned, colors: list[Any]) -> None:

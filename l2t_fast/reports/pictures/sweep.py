@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from l2t_fast.reports.comparison import Summary
-from l2t_fast.reports.pictures.canvas import figure, plot_band, save
+from l2t_fast.reports.pictures.canvas import figure, name_ends, plot_band, save
 
 # Baselines cold and dashed, methods that learn the transfer warm diamonds, the last of them in the red of plot_table.
 _COLD = ["#8a949e", "#7fb2d6", "#2f6f9f", "#1b3a5c", "#6abf9f", "#2e7d6b", "#7b6fb0"]
@@ -19,18 +19,23 @@ _WARM = ["#c8202f", "#ef8636", "#e6b422", "#8e1b4f"]
 def plot_sweep(path: Path, title: str, groups: Mapping[str, Sequence[Summary]]) -> None:
     """Accuracy against training images a class, a panel a group: a line a method, mean ± std over its seeds.
 
-    Columns without a limit (per_class None) stand apart at the right, as "all".
+    Columns without a limit (per_class None) stand apart at the right, as "all". In one panel alone each line has its
+    name beside it.
     """
     across = min(3, len(groups))
     down = -(-len(groups) // across)
-    fig = figure(0.6 + 4.2 * across, 1.3 + 3.4 * down)
+    alone = len(groups) == 1
+    fig = figure(0.6 + 4.2 * across + 1.6 * alone, 1.3 + 3.4 * down)
     grid = fig.subplots(down, across, squeeze=False)
     for axes, (name, summaries) in zip(grid.flat, groups.items(), strict=False):
         _panel(axes, name, summaries)
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    if alone:
+        _name_lines(grid[0, 0])
+    else:
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     fig.suptitle(f"{title}: mean ± std")
     save(fig, path)
 
@@ -69,6 +74,15 @@ def _panel(axes: Any, name: str, summaries: Sequence[Summary]) -> None:
     axes.set_title(name, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name_lines(axes: Any) -> None:
+    """The name of each line at its end, in its color; of those that learn the transfer bold."""
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    ends = [max(tuple(point) for point in line.get_xydata() if not np.isnan(point[1])) for line in lines]
+    weights = {"-": "bold", "--": "normal"}
+    styles = [{"color": line.get_color(), "weight": weights[line.get_linestyle()], "fontsize": 9} for line in lines]
+    name_ends(axes, [line.get_label() for line in lines], ends, styles)
 
 
 def _styles(summary: Summary) -> dict[str, dict[str, Any]]:

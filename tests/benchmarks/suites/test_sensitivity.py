@@ -14,6 +14,7 @@ def test_sensitivity_finds_dead_pairs_and_the_share_of_the_matching_loss() -> No
         small.learner.where[1].bias.fill_(1e3)  # λ = 6
     row = sensitivity.measure(small, [batch(i) for i in range(3)])
     assert row["dead"] == pytest.approx(2 / 15)
+    assert (row["at_0"], row["at_6"]) == (pytest.approx(1 / 15), pytest.approx(1 / 15))
     assert row["pair_weights"][:2] == [0, 6]
     assert -1 <= row["cosine"] <= 1
     assert row["noise"] > 0
