@@ -133,7 +133,12 @@ def _difference(
     """d = r T + bias − R(S) of the pairs in `group`, stacked along channels: [B, ΣC_s, HW]."""
     T, size = feature.flatten(2), feature.shape[-2:]
     S = [resize(sources[source_of[p]], size) - biases[p].to(T.dtype)[None, :, None, None] for p in group]
-    return torch.cat(S, 1).flatten(2).baddbmm_(_stacked(projections, group, T), T, beta=-1)
+    stacked = torch.cat(S, 1).flatten(2)  # [B, ΣC_s, HW]
+    r = _stacked(projections, group, T)
+    if stacked.is_contiguous():
+        return stacked.baddbmm_(r, T, beta=-1)
+    # Into channels_last CPUs multiply in a loop of their own: in bfloat16 hundreds of times slower.
+    return torch.baddbmm(stacked, r, T, beta=-1)
 
 
 def _stacked(projections: Sequence[Tensor], group: Sequence[int], T: Tensor) -> Tensor:
