@@ -51,7 +51,9 @@ def cell_rows(folder: Path, told: Row) -> Iterator[Row]:
             "target_width": config.target.target_width,
             "per_class": config.data.per_class,
         }
-        of_all = {"inputs": load_json(inputs) if inputs.exists() else {}, "command": command(table), **told}
+        # Several commands may have filled the table: one that does it all.
+        whole = dataclasses.replace(table, method=config.method or (), seeds=config.seeds or ())
+        of_all = {"inputs": load_json(inputs) if inputs.exists() else {}, "command": command(whole), **told}
         for cell in read_column(path.parent, config, {}).cells:
             if cell.result is not None:
                 place = zip(_KEY, (folder.name, path.parent.name, cell.method, cell.seed), strict=True)
