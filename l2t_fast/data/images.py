@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ class ImageSet(ABC):
     @abstractmethod
     def eval_batches(self, batch_size: int) -> Iterator[LabelledBatch]:
         """Every image once, in order, without augmentation: x float32 [B, 3, H, W], normalised, y int64 [B]."""
+
+    def readable(self) -> Tensor:
+        """bool [N]: which images can be read. Those in files are all looked at."""
+        return torch.ones(len(self), dtype=torch.bool)
 
     @abstractmethod
     def select(self, indices: Tensor, labels: Tensor, augment: bool) -> ImageSet:
@@ -162,6 +167,9 @@ class FolderSet(ImageSet):
     def eval_batches(self, batch_size: int) -> Iterator[LabelledBatch]:
         return self._load(torch.arange(len(self)), [*_centre(self.size), *_FLOAT], batch_size)
 
+    def readable(self) -> Tensor:
+        return _readable(tuple(self.paths), self.workers)
+
     def select(self, indices: Tensor, labels: Tensor, augment: bool) -> FolderSet:
         paths = [self.paths[i] for i in indices.tolist()]
         return dataclasses.replace(self, paths=paths, labels=labels, augment=augment)
@@ -224,6 +232,30 @@ def _beside(batches: Iterator[LabelledBatch], device: torch.device) -> Iterator[
 
 def _centre(size: int) -> list[_Transform]:
     return [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
+
+
+@functools.lru_cache(maxsize=4)
+def _readable(paths: tuple[str, ...], workers: int) -> Tensor:
+    """As `ImageSet.readable`; once in a process, as it takes as long as an epoch."""
+    loader = DataLoader(_Tried(paths), batch_size=_DECODED, num_workers=workers, generator=torch.Generator())
+    return torch.cat([torch.empty(0, dtype=torch.bool), *loader])
+
+
+class _Tried(Dataset[bool]):
+    """Whether the images in files can be read."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> bool:
+        try:
+            open_image(self.paths[index])
+        except L2TError:
+            return False
+        return True
 
 
 class _Files(Dataset[tuple[Tensor, int]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,17 @@ _MOST = 4 * 2**30  # bytes of resized images
 
 @dataclass(frozen=True)
 class Data:
-    """The three parts of a data set. image_shape: (3, H, W) of a batch's images."""
+    """The three parts of a data set.
+
+    image_shape: (3, H, W) of a batch's images. skipped: files of the whole data set that were left out.
+    """
 
     train: ImageSet
     val: ImageSet
     test: ImageSet
     num_classes: int
     image_shape: tuple[int, int, int]
+    skipped: tuple[str, ...] = ()
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
@@ -44,13 +49,19 @@ def load_data(config: DataConfig, seed: int) -> Data:
     """
     _check(config)
     train, test, num_classes, held_out = whole_sets(config)
+    skip = config.on_bad_image == "skip"
+    good = [images.readable() if skip else torch.ones(len(images), dtype=torch.bool) for images in (train, test)]
     if config.split is not None:
-        classes, train_part, val_part, test_part = _read_split(config.split, train.labels, test.labels)
+        classes, *parts = _read_split(config.split, train.labels, test.labels)
+        train_part, val_part, test_part = (p[kept[p]] for p, kept in zip(parts, (good[0], *good), strict=True))
     else:
         classes = tuple(range(num_classes)) if config.classes is None else config.classes
         if not all(0 <= c < num_classes for c in classes):
             raise L2TError(f"{config.dataset} has classes 0 to {num_classes - 1}; choose classes among them.")
-        pool, test_part = (torch.isin(s.labels, torch.tensor(classes)).nonzero()[:, 0] for s in (train, test))
+        pool, test_part = (
+            (torch.isin(s.labels, torch.tensor(classes)) & kept).nonzero()[:, 0]
+            for s, kept in zip((train, test), good, strict=True)
+        )
         if held_out is not None:
             own = pool < len(train) - held_out
             val_part, train_part = pool[~own], pool[own]
@@ -70,6 +81,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
         train_part, _ = _draw(train.labels, train_part, classes, lambda _: k, PER_CLASS, seed)
         val_part, _ = _draw(train.labels, val_part, classes, lambda n: min(n, k), PER_CLASS, seed)
 
+    if not len(test_part):
+        raise L2TError(f"{config.dataset} has no test images of the classes asked for; add some.")
     relabel = torch.full((max(num_classes, max(classes) + 1),), -1)
     relabel[list(classes)] = torch.arange(len(classes))
 
@@ -90,7 +103,12 @@ def load_data(config: DataConfig, seed: int) -> Data:
         test=part(test, test_part, augment=False),
         num_classes=len(classes),
         image_shape=for_training.image_shape,
+        skipped=tuple(itertools.chain.from_iterable(map(_left_out, (train, test), good))),
     )
+
+
+def _left_out(images: ImageSet, good: Tensor) -> list[str]:
+    return [images.paths[i] for i in (~good).nonzero()[:, 0].tolist()] if isinstance(images, FolderSet) else []
 
 
 def _check(config: DataConfig) -> None:

@@ -82,11 +82,16 @@ def batches_in_a_row(
     return [*zip(xs, ys, strict=True), *([val] if val is not None else [])]
 
 
-def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, classes: int, look_at_labels: bool) -> None:
+def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, learner: L2T, look_at_labels: bool) -> None:
     """Raises L2TError for images and labels that do not fit each other, or a target with parameters `like`."""
     places = (like.device, torch.device("cpu"))
     if x.dim() != 4:
         raise L2TError(f"the images must be [B, C, H, W], not {list(x.shape)}.")
+    if x.shape[1] != (channels := learner.image_shape[0]):
+        raise L2TError(
+            f"the images have {x.shape[1]} channels, those that the learner was made for {channels}: give [B, "
+            f"{channels}, H, W]."
+        )
     if x.device not in places or x.dtype != like.dtype:
         raise L2TError(
             f"the images are {x.dtype} on {x.device}, the target is {like.dtype} on {like.device}: "
@@ -103,5 +108,7 @@ def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, classes: int,
         raise L2TError("BatchNorm cannot train on a batch of one: give two images or more.")
     if y.device.type == "cpu" or look_at_labels:
         low, high = y.min().item(), y.max().item()
-        if low < 0 or high >= classes:
-            raise L2TError(f"the labels go from {low} to {high}, but the target has classes 0 to {classes - 1}.")
+        if low < 0 or high >= learner.classes:
+            raise L2TError(
+                f"the labels go from {low} to {high}, but the target has classes 0 to {learner.classes - 1}."
+            )

@@ -351,7 +351,7 @@ class Engine:
         batches = checks.batches_in_a_row(x, y, val, self.scheme, self.inner_steps, meta)
         smallest, like = self.smallest_batch, next(iter(self.trained.theta.values()))
         for images_, labels in batches:
-            checks.check_batch(images_, labels, like, smallest, self.learner.classes, not self._labels_seen)
+            checks.check_batch(images_, labels, like, smallest, self.learner, not self._labels_seen)
         self._labels_seen = True
         checks.check_target(self.learner, self.trained.theta)
         for source in self.learner.sources:

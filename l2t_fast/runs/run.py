@@ -21,7 +21,7 @@ from l2t_fast.reports.column import read_column
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs.build import find_device
 from l2t_fast.runs.lock import alone, begun, check_free
-from l2t_fast.runs.preflight import preflight
+from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
 from l2t_fast.runs.tasks import column_tasks
 from l2t_fast.runs.workers import Task
@@ -103,6 +103,7 @@ def train(folder: Path, config: TrainConfig, console: Console, resume: bool) -> 
 def _train(folder: Path, config: TrainConfig, device: torch.device, console: Console) -> None:
     methods = config.method or ()
     save_config(config, folder / "config.json")
+    list_skipped(folder, config)
     console.print(f"folder of the run: [bold]{folder}[/]", highlight=False, soft_wrap=True)
     sources, cells = column_tasks(folder, folder, config, methods, device)
     with Display(console) as display, StopSignal().listening(console) as stop:

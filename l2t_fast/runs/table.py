@@ -33,7 +33,7 @@ from l2t_fast.runs.folder import (
     write_problems,
     write_settings,
 )
-from l2t_fast.runs.preflight import preflight
+from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, StopSignal
 from l2t_fast.runs.tasks import CellTask, SourceTask, column_tasks
 from l2t_fast.settings.columns import column_configs
@@ -70,6 +70,7 @@ def run(config: TableConfig, console: Console) -> bool:
         save_config(dataclasses.replace(config, threads=threads), folder / "table.json")
         for name, column in columns.items():
             write_settings(folder, column)
+            list_skipped(folder / name, column)
             write_problems(folder / name, column, problems[name])
         console.print(f"folder of the table: [bold]{folder}[/]; {jobs} side by side", highlight=False, soft_wrap=True)
         with Display(console) as display, StopSignal().listening(console) as stop:
