@@ -18,6 +18,7 @@ FLOORS = [
     ["engine"],
     ["learner", "data"],
     ["kernels", "networks", "files", "reference"],
+    ["bounds"],
     ["choices", "environment", "errors"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

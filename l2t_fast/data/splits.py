@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from l2t_fast.bounds import BOUNDS, allowed, shown, within
 from l2t_fast.choices import DATASETS, LARGE, RESIZED
 from l2t_fast.data.images import FolderSet, ImageSet, TensorSet
 from l2t_fast.data.options import DataConfig
@@ -112,25 +113,31 @@ def _left_out(images: ImageSet, good: Tensor) -> list[str]:
 
 
 def _check(config: DataConfig) -> None:
-    if config.dataset not in DATASETS:
-        nearest = ", ".join(difflib.get_close_matches(config.dataset.lower(), DATASETS, n=3, cutoff=0.0))
+    if not isinstance(config.dataset, str) or config.dataset not in DATASETS:
+        nearest = ", ".join(difflib.get_close_matches(str(config.dataset).lower(), DATASETS, n=3, cutoff=0.0))
         raise L2TError(f"there is no data set named {config.dataset!r}; the nearest names are {nearest}.")
-    if config.classes is not None and not 0 < len(set(config.classes)) == len(config.classes):
-        raise L2TError(f"classes must be different and at least one, not {config.classes}.")
+    if config.classes is not None and not (
+        isinstance(config.classes, Sequence)
+        and all(isinstance(c, int) for c in config.classes)
+        and 0 < len(set(config.classes)) == len(config.classes)
+    ):
+        raise L2TError(f"classes must be different and at least one, not {shown(config.classes)}.")
     if config.classes is not None and config.split is not None:
         raise L2TError("a split names its own classes; give either classes or a split.")
-    if config.per_class is not None and config.per_class < 1:
-        raise L2TError(f"per_class must be at least 1, not {config.per_class}.")
-    if not 0 <= config.val_fraction < 1:
-        raise L2TError(f"val_fraction must be at least 0 and less than 1, not {config.val_fraction}.")
-    if config.workers < 0:
-        raise L2TError(f"workers must be at least 0, not {config.workers}.")
+    if not isinstance(config.val_fraction, int | float) or not 0 <= config.val_fraction < 1:
+        raise L2TError(f"val_fraction must be at least 0 and less than 1, not {shown(config.val_fraction)}.")
+    if config.on_bad_image not in ("stop", "skip"):
+        raise L2TError(f"on_bad_image must be 'stop' or 'skip', not {shown(config.on_bad_image)}.")
+    for name in ("per_class", "workers", "image_size"):
+        value = getattr(config, name)
+        if value is not None and not within(name, value):
+            least = BOUNDS[name][0]
+            wanted = f"at least {least}" if isinstance(value, int) and value < least else allowed(name)
+            raise L2TError(f"{name} must be {wanted}, not {shown(value)}.")
     if config.image_size is not None and config.dataset not in RESIZED:
         raise L2TError(
             f"{config.dataset} has images of one size; leave out image_size, which {' and '.join(RESIZED)} have."
         )
-    if config.image_size is not None and config.image_size < 8:
-        raise L2TError(f"image_size must be at least 8, not {config.image_size}.")
 
 
 def _check_memory(name: str, count: int, size: int) -> None:

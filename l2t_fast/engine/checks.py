@@ -6,6 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from l2t_fast.bounds import check_number, shown
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine.inner_step import parameters
 from l2t_fast.errors import L2TError
@@ -19,19 +20,11 @@ def check_settings(words: Mapping[str, str], numbers: Mapping[str, Any], nestero
     for name, choices in (("scheme", Scheme), ("mode", Mode), ("precision", Precision), ("memory", Memory)):
         if words[name] not in get_args(choices):
             allowed = " or ".join(map(repr, get_args(choices)))
-            raise L2TError(f"{name}='{words[name]}' is not to be had: use {allowed}.")
-    check_numbers(numbers)
-    if not isinstance(numbers["inner_steps"], int):
-        raise L2TError(f"inner_steps={numbers['inner_steps']} is not to be had: give a whole number.")
+            raise L2TError(f"{name}={shown(words[name])} is not to be had: use {allowed}.")
+    for name, value in numbers.items():
+        check_number(name, value)
     if nesterov and not numbers["momentum"]:
         raise L2TError("nesterov=True needs momentum > 0.")
-
-
-def check_numbers(numbers: Mapping[str, Any]) -> None:
-    """Raises L2TError for a negative number, or none."""
-    for name, value in numbers.items():
-        if not value >= 0:  # nor NaN
-            raise L2TError(f"{name}={value} is not to be had: give zero or more.")
 
 
 def check_target(learner: L2T, theta: Mapping[str, Tensor]) -> None:

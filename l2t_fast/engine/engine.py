@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from l2t_fast.bounds import check_number
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine import checks
 from l2t_fast.engine.capture import CaptureError, Graphs
@@ -141,7 +142,7 @@ class Engine:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        checks.check_numbers({"lr": value})
+        check_number("lr", value)
         self._lr_value = float(value)
         self.trained.lr.fill_(self._lr_value)
 
@@ -152,7 +153,7 @@ class Engine:
 
     @meta_lr.setter
     def meta_lr(self, value: float) -> None:
-        checks.check_numbers({"meta_lr": value})
+        check_number("meta_lr", value)
         self._meta_lr_value = float(value)
         self.trained.set_meta_lr(self._meta_lr_value)
 

@@ -11,7 +11,7 @@ from l2t_fast.networks.architectures import build_model
 from l2t_fast.runs.cell import cell_weights
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.run import open_run, train
-from l2t_fast.settings.defaults import check_least, resolve
+from l2t_fast.settings.defaults import check_flag, resolve
 from l2t_fast.settings.options import PretrainConfig, SourceConfig, TargetConfig, TrainConfig
 
 # What `train` calls otherwise.
@@ -27,7 +27,7 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
         As `run`.
     """
     if config.seed is not None:
-        check_least("seed", config.seed, 0)
+        check_flag("seed", config.seed)
     name = config.name
     if name is None:
         name = f"pretrain-{config.data.dataset}-{config.network or 'resnet32'}"

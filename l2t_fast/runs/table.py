@@ -37,7 +37,7 @@ from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, StopSignal
 from l2t_fast.runs.tasks import CellTask, SourceTask, column_tasks
 from l2t_fast.settings.columns import column_configs
-from l2t_fast.settings.defaults import check_least
+from l2t_fast.settings.defaults import check_flag
 from l2t_fast.settings.options import TableConfig, TrainConfig
 from l2t_fast.settings.stored import load_config, save_config
 
@@ -55,7 +55,7 @@ def run(config: TableConfig, console: Console) -> bool:
     """
     for flag, value in (("jobs", config.jobs), ("threads", config.threads)):
         if value is not None:
-            check_least(flag, value, 1)
+            check_flag(flag, value)
     folder, config = open_table(config)
     columns = column_configs(config)
     device = find_device(config.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
-from l2t_fast.settings.defaults import check, check_least, check_name
+from l2t_fast.settings.defaults import check, check_flag, check_name
 from l2t_fast.settings.options import TableConfig, TrainConfig
 
 # What may have changed when a run goes on: where the data lie, and what computes; and how it is called.
@@ -88,7 +88,8 @@ def load_table(path: Path) -> TableConfig:
     config: TableConfig = _load(TableConfig, path, "give a folder that `l2t-fast table` made")
     try:
         check_name("table" if config.name is None else config.name)
-        check_least("threads", config.threads or 1, 1)
+        if config.threads is not None:
+            check_flag("threads", config.threads)
     except L2TError as error:
         raise L2TError(f"{path}: {error}") from error
     return config
