@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 bad input; 3 the machine would not, as with a full disk; 1
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,9 @@ from rich.console import Console
 from l2t_fast.environment import be_patient
 from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
+
+# The names of the options on the command line: given means given, also where it is what would be so by itself.
+_GIVEN: ContextVar[frozenset[str]] = ContextVar("_GIVEN", default=frozenset())
 
 # The commands import what they run after the arguments are read, so that --help answers at once.
 
@@ -27,7 +31,7 @@ def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
     """
     from l2t_fast.runs.run import run
 
-    run(config, Console())
+    run(config, Console(), _GIVEN.get())
 
 
 def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
@@ -46,7 +50,7 @@ def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Train a source network from scratch; its checkpoint is for --source-weights."""
     from l2t_fast.runs import pretrain
 
-    pretrain.pretrain(config, Console())
+    pretrain.pretrain(config, Console(), _GIVEN.get())
 
 
 def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -71,6 +75,12 @@ def run_bench(arguments: Sequence[str]) -> None:
     sys.exit(subprocess.run([sys.executable, "-m", "benchmarks", *arguments], check=False).returncode)
 
 
+def _names(arguments: Sequence[str]) -> frozenset[str]:
+    """Of "--beta 0.5 --no-nesterov" beta and nesterov."""
+    flags = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
+    return frozenset([*flags, *(flag.removeprefix("no_") for flag in flags)])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with the codes above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -82,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bench": bench,
     }
     be_patient()
+    _GIVEN.set(_names(given))
     try:
         if given[:1] == ["bench"]:  # its arguments are its own
             run_bench(given[1:])

@@ -10,6 +10,10 @@ class L2TError(ValueError):
     status = 2
 
 
+class DamagedFileError(L2TError):
+    """A file of ours is missing, or not as it was written."""
+
+
 class UnfitError(L2TError):
     """The method cannot be had with these networks, though others can."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,10 @@ class ImageSet(ABC):
     @abstractmethod
     def eval_batches(self, batch_size: int) -> Iterator[LabelledBatch]:
         """Every image once, in order, without augmentation: x float32 [B, 3, H, W], normalised, y int64 [B]."""
+
+    def checksum(self, so_far: int = 0) -> int:
+        """Of labels and images; of images in files, of their names."""
+        return zlib.crc32(self.labels.cpu().numpy().tobytes(), so_far)
 
     def readable(self) -> Tensor:
         """bool [N]: which images can be read. Those in files are all looked at."""
@@ -124,6 +129,9 @@ class TensorSet(ImageSet):
     def select(self, indices: Tensor, labels: Tensor, augment: bool) -> TensorSet:
         return TensorSet(labels=labels, augment=augment, images=self.images[indices], flip=self.flip)
 
+    def checksum(self, so_far: int = 0) -> int:
+        return zlib.crc32(self.images.cpu().contiguous().numpy().data, super().checksum(so_far))
+
     def resized(self, size: int) -> TensorSet:
         if self.images.shape[2:] == (size, size):
             return self
@@ -166,6 +174,10 @@ class FolderSet(ImageSet):
 
     def eval_batches(self, batch_size: int) -> Iterator[LabelledBatch]:
         return self._load(torch.arange(len(self)), [*_centre(self.size), *_FLOAT], batch_size)
+
+    def checksum(self, so_far: int = 0) -> int:
+        names = "\0".join("/".join(path.replace("\\", "/").split("/")[-2:]) for path in self.paths)
+        return zlib.crc32(names.encode("utf-8", "surrogateescape"), super().checksum(so_far))
 
     def readable(self) -> Tensor:
         return _readable(tuple(self.paths), self.workers)

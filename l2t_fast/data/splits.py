@@ -37,6 +37,10 @@ class Data:
     image_shape: tuple[int, int, int]
     skipped: tuple[str, ...] = ()
 
+    def checksum(self) -> str:
+        """Of all images and labels; of images in files, of their names."""
+        return f"{self.test.checksum(self.val.checksum(self.train.checksum())):08x}"
+
 
 def load_data(config: DataConfig, seed: int) -> Data:
     """The data set that `config` names, split; `seed` chooses only the `per_class` images.

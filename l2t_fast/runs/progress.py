@@ -20,10 +20,7 @@ _LINE_EVERY = 5.0  # seconds between two lines where there is no terminal
 
 
 class RunWatch(Watch, Protocol):
-    """A watch that also passes on what an engine says."""
-
-    def say(self, text: str) -> None:
-        """A piece of text, as it comes."""
+    """A watch that also shows the end."""
 
     def done(self, accuracy: float) -> None:
         """The training is over, with this accuracy on the test set."""

@@ -8,7 +8,7 @@ runs/NAME/config.json                       the settings, all of them
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -30,26 +30,34 @@ from l2t_fast.settings.options import TrainConfig
 from l2t_fast.settings.stored import check_same, load_config, save_config, updated
 
 
-def run(config: TrainConfig, console: Console) -> Path:
+def run(config: TrainConfig, console: Console, given: Collection[str] = ()) -> Path:
     """Trains what `config` asks for and returns the folder of the run.
+
+    Args:
+        given: names of the settings that are meant even where they are the usual ones; others than the usual always
+            are. A run that goes on with other ones than its own is refused.
 
     Raises:
         Interrupted: stopped by the user, with everything saved.
         L2TError: bad settings, missing data, a folder that exists already, a training that diverged.
     """
-    folder, made = open_run(config, resolve)
+    folder, made = open_run(config, resolve, given=given)
     train(folder, made, console, config.resume)
     return folder
 
 
 def open_run(
-    config: TrainConfig, complete: Callable[[TrainConfig], TrainConfig], flags: Mapping[str, str] | None = None
+    config: TrainConfig,
+    complete: Callable[[TrainConfig], TrainConfig],
+    flags: Mapping[str, str] | None = None,
+    given: Collection[str] = (),
 ) -> tuple[Path, TrainConfig]:
     """The folder of the run, and its complete settings: of a new one, or of the one that goes on.
 
     Args:
         complete: fills in what a new run's settings leave out.
         flags: what the command calls those settings that it calls otherwise than `train`.
+        given: as for `run`.
 
     Raises:
         L2TError: the folder exists already, or there is none to resume, or it was made with other settings.
@@ -75,8 +83,8 @@ def open_run(
             raise L2TError(f"nothing was begun in {folder}: start it without --resume.")
     check_free(folder)
     saved = load_config(folder / "config.json")
-    check_same(config, saved, TrainConfig(), flags=flags)
-    return folder, updated(saved, config, TrainConfig())
+    check_same(config, saved, TrainConfig(), flags=flags, given=given)
+    return folder, updated(saved, config, TrainConfig(), given)
 
 
 def _check_new(folder: Path) -> None:

@@ -154,3 +154,15 @@ def test_bad_images_stop_or_are_skipped(tmp_path: Path, workers: int) -> None:
         for (x, y), (u, v) in zip(ours.eval_batches(4), theirs.eval_batches(4), strict=True):
             assert torch.equal(x, u)
             assert torch.equal(y, v)
+
+
+def test_code_in_a_split_file_is_not_run(tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> object:
+            return open, (str(tmp_path / "executed"), "w")
+
+    for part in ("train", "val", "test"):
+        torch.save(([0, 1], Malicious()), tmp_path / f"split-{part}")
+    with pytest.raises(L2TError, match=r"split-train is no torch-saved \(classes, indices\) of integers"):
+        load_data(DataConfig(split=str(tmp_path / "split")), 0)
+    assert not (tmp_path / "executed").exists()
