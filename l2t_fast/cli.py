@@ -3,6 +3,10 @@
 Exit codes: 0 done; 2 bad input; 3 the machine would not, as with a full disk; 130 stopped and saved.
 """
 
+import codecs
+import contextlib
+import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,13 +18,61 @@ import tyro
 from rich.console import Console
 
 from l2t_fast.environment import be_patient
-from l2t_fast.errors import Interrupted, L2TError
+from l2t_fast.errors import Interrupted, L2TError, OutputClosed
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
 
 # The names of the options on the command line: given means given, also where it is what would be so by itself.
 _GIVEN: ContextVar[frozenset[str]] = ContextVar("_GIVEN", default=frozenset())
 
+# What stands for a letter where the output cannot have it.
+_ASCII = {
+    "→": "->",
+    "±": "+-",
+    "·": "-",
+    "−": "-",
+    "–": "-",
+    "×": "x",
+    "…": "...",
+    "λ": "lambda",
+    "θ": "theta",
+    "φ": "phi",
+    "β": "beta",
+    "τ": "tau",
+    "α": "alpha",
+    "Δ": "delta",
+    "μ": "mu",
+}
+
 # The commands import what they run after the arguments are read, so that --help answers at once.
+
+
+class _Output(Console):
+    """The terminal, or who reads what is printed; a training whose reader leaves saves and stops."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _to_nowhere()
+        raise OutputClosed
+
+
+def _to_nowhere() -> None:
+    """What is still to be printed, at the end of the process too, goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_ASCII.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+def _print_anything() -> None:
+    """Lets streams that cannot have every letter have another one instead."""
+    codecs.register_error("l2t_fast", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="l2t_fast")
 
 
 def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
@@ -31,7 +83,7 @@ def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
     """
     from l2t_fast.runs.run import run
 
-    run(config, Console(), _GIVEN.get())
+    run(config, _Output(), _GIVEN.get())
 
 
 def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
@@ -42,7 +94,7 @@ def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
     """
     from l2t_fast.runs.table import run
 
-    if not run(config, Console()):
+    if not run(config, _Output()):
         raise L2TError("some cells have failed: the table says why; the same command tries them again.")
 
 
@@ -50,7 +102,7 @@ def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Train a source network from scratch; its checkpoint is for --source-weights."""
     from l2t_fast.runs import pretrain
 
-    pretrain.pretrain(config, Console(), _GIVEN.get())
+    pretrain.pretrain(config, _Output(), _GIVEN.get())
 
 
 def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -61,7 +113,7 @@ def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:
     """
     from l2t_fast.reports import inspection
 
-    inspection.inspect(run, Console())
+    inspection.inspect(run, _Output())
 
 
 def bench() -> None:
@@ -92,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bench": bench,
     }
     be_patient()
+    _print_anything()
     _GIVEN.set(_names(given))
     try:
         if given[:1] == ["bench"]:  # its arguments are its own
@@ -100,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except L2TError as error:
         Console(stderr=True).print(f"l2t-fast: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.status)
+    except (OutputClosed, BrokenPipeError):
+        _to_nowhere()
+        sys.exit(130)
     except Interrupted:
         Console(stderr=True).print(
             "stopped and saved: the same command goes on, `train` and `pretrain` with --resume and the same --name",

@@ -26,3 +26,7 @@ class MachineError(L2TError):
 
 class Interrupted(Exception):
     """Raised where the user asked to stop; everything is saved."""
+
+
+class OutputClosed(Interrupted):
+    """Who read what is printed has left, as `head` does."""

@@ -95,6 +95,12 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
+def check_there(path: Path) -> None:
+    """Raises MachineError where a file that was there at the start is so no longer."""
+    if not path.exists():
+        raise MachineError(f"{path.parent} was removed meanwhile: what was in it is lost; start anew.")
+
+
 def make_folder(path: Path) -> None:
     """Makes the folder and those above it, where they are missing.
 
@@ -113,6 +119,10 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         yield
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise L2TError(f"{path} cannot be written ({error.strerror}): give another --name or --runs.") from error
+    except FileNotFoundError as error:
+        raise MachineError(
+            f"{path} cannot be written, as its folder was removed meanwhile: what was in it is lost; start anew."
+        ) from error
     except OSError as error:
         why, advice = error.strerror or str(error), "allow writing there, or give another folder"
         if error.errno in _NO_ROOM:

@@ -19,7 +19,7 @@ FLOORS = [
     ["learner", "data"],
     ["kernels", "networks", "files", "reference"],
     ["bounds"],
-    ["choices", "environment", "errors"],
+    ["choices", "environment", "errors", "signals"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 Imports = dict[str, set[str]]  # module -> the modules of the project that it imports

@@ -62,5 +62,7 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
             unfit[method] = error
             continue
         check_data(engine, config, data)
-        console.print(f"{describe(config, method, data, learner, start)}; {device}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{describe(config, method, data, learner, start)}; {device}", highlight=False, soft_wrap=True, markup=False
+        )
     return unfit

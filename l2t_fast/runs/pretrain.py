@@ -62,9 +62,10 @@ def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = 
     with alone(folder):
         save_weights(path, network, classes)
     console.print(
-        f"the checkpoint is [bold]{path}[/]: --source {target.target} --source-weights {path}"
+        f"the checkpoint is {path}: --source {target.target} --source-weights {path}"
         + (f" --source-width {target.target_width:g}" if target.target_width != 1 else ""),
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
     return path

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
-from l2t_fast.errors import L2TError
-from l2t_fast.files import make_folder
-from l2t_fast.reports.column import read_column
+from l2t_fast.errors import L2TError, MachineError
+from l2t_fast.files import check_there, make_folder
+from l2t_fast.reports.column import Problems, read_column
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs.build import find_device
 from l2t_fast.runs.lock import alone, begun, check_free
 from l2t_fast.runs.preflight import list_skipped, preflight
-from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
-from l2t_fast.runs.tasks import column_tasks
-from l2t_fast.runs.workers import Task
+from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch
+from l2t_fast.runs.tasks import CellTask, column_tasks
+from l2t_fast.runs.workers import at_work
 from l2t_fast.settings.defaults import check_name, resolve
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.settings.stored import check_same, load_config, save_config, updated
@@ -95,6 +96,8 @@ def _check_new(folder: Path) -> None:
 def train(folder: Path, config: TrainConfig, console: Console, resume: bool) -> None:
     """Trains, one after the other, what is not done yet; writes the table and the pictures.
 
+    A cell that fails, because its loss became infinite, does not keep the others from being trained.
+
     Raises:
         L2TError: as `run`; another process works in the folder.
     """
@@ -112,16 +115,36 @@ def _train(folder: Path, config: TrainConfig, device: torch.device, console: Con
     methods = config.method or ()
     save_config(config, folder / "config.json")
     list_skipped(folder, config)
-    console.print(f"folder of the run: [bold]{folder}[/]", highlight=False, soft_wrap=True)
+    console.print(Text.assemble("folder of the run: ", (str(folder), "bold")), soft_wrap=True)
     sources, cells = column_tasks(folder, folder, config, methods, device)
     with Display(console) as display, StopSignal().listening(console) as stop:
         make_watch = functools.partial(TrainingWatch, display, stop)
-        tasks: list[Task] = [*sources, *cells]
-        for task in tasks:
-            make_folder(task.folder)
-            with alone(task.folder, lambda: stop.asked):
-                task.run(make_watch)
-    column = read_column(folder, config, {})
+        for source in sources:
+            with at_work(source, lambda: stop.asked):
+                source.run(make_watch)
+        found = [(cell, _failure(cell, make_watch, stop)) for cell in cells]
+    failed = [(cell, why) for cell, why in found if why is not None]
+    check_there(folder / "config.json")
+    problems: Problems = {}
+    for cell, why in failed:
+        problems.setdefault(cell.method, {})[str(cell.seed)] = why
+    column = read_column(folder, config, problems)
     for table in write_tables(folder, column.title, [column], methods):
         console.print(table)
-    console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True, markup=False)
+    if failed:
+        (cell, why), more = failed[0], len(failed) - 1
+        others = f" ({more} more failed: the table says why)" if more else ""
+        raise L2TError(f"{cell.method}, seed {cell.seed}: {why}{others}")
+
+
+def _failure(cell: CellTask, make_watch: MakeWatch, stop: StopSignal) -> str | None:
+    """Trains a cell, and says why it failed, if it did: it diverged, say. The others are trained all the same."""
+    try:
+        with at_work(cell, lambda: stop.asked):
+            cell.run(make_watch)
+    except MachineError:
+        raise
+    except L2TError as error:
+        return str(error)
+    return None

@@ -147,8 +147,11 @@ class Log:
                 whose = f" of pairs {', '.join(bad[:_NAMED])}{more} (source, m, n)"
             raise L2TError(
                 f"{term}{whose} is {row[name]} at epoch {row['epoch']}, iteration {row['iteration']}: "
-                f"{what_is_kept(self._checkpoint)}; lower the learning rate or beta."
+                f"{what_is_kept(self._checkpoint)}; {ADVICE}."
             )
+
+
+ADVICE = "lower the learning rate or beta in a run of another --name"
 
 
 def what_is_kept(checkpoint: Path) -> str:

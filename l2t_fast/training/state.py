@@ -11,7 +11,7 @@ from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import DamagedFileError, L2TError
 from l2t_fast.files import load_checkpoint
 from l2t_fast.learner.generators import read_torch, set_torch
-from l2t_fast.training.log import what_is_kept
+from l2t_fast.training.log import ADVICE, what_is_kept
 from l2t_fast.training.watch import Watch
 
 HASHES = ("images", "source weights")  # of what a training is made of: what is compared by its checksum alone
@@ -59,7 +59,7 @@ def check_finite(engine: Engine, state: State, last: Path) -> None:
         if not bool(tensor.isfinite().all()):
             raise L2TError(
                 f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "
-                f"{what_is_kept(last)}; lower the learning rate or beta."
+                f"{what_is_kept(last)}; {ADVICE}."
             )
 
 
