@@ -1,6 +1,7 @@
 """The command line `l2t-fast`.
 
-Exit codes: 0 done; 2 bad input; 3 the machine would not, as with a full disk; 130 stopped and saved.
+Exit codes: 0 done; 2 bad input, or a training that failed; 3 the machine would not, as with a full disk; 130 stopped
+and saved.
 """
 
 import codecs

@@ -30,7 +30,7 @@ from l2t_fast.settings.stored import load_config, load_table, save_config
 
 SECONDS = 2.0  # of the processor, since the machine may be busy with something else
 # The slow ones together are 20,000 cases.
-MANY = {"command": 3000, "config": 7000, "pairs": 5000, "layers": 1500, "settings": 2500, "numbers": 1000}
+MANY = {"command": 1000, "config": 9000, "pairs": 5000, "layers": 1500, "settings": 2500, "numbers": 1000}
 
 
 def cases(kind: str, few: int) -> Any:

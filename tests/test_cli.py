@@ -61,7 +61,7 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given: str
     script = """
 import os, sys
 from l2t_fast import cli
-def seen(config, console):
+def seen(config, console, given):
     assert "torch" not in sys.modules
     print(os.environ["OMP_WAIT_POLICY"])
 import types

@@ -195,8 +195,9 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
             yield self
             return
-        # Of a program under nohup the end of the terminal is not the end.
-        heard = {number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
+        # Under nohup the end of the terminal is not the end; Ctrl-C counts also where a shell's `&` took it away.
+        hangup = getattr(signal, "SIGHUP", None)
+        heard = {number for number in STOPS if number != hangup or signal.getsignal(number) != signal.SIG_IGN}
         old = {number: signal.signal(number, on_signal) for number in heard}
         try:
             yield self
