@@ -104,6 +104,8 @@ class Engine:
             },
             nesterov,
         )
+        if iterations is not None:
+            check_number("iterations", iterations)
         if not any(p.requires_grad for p in learner.target.parameters()):
             raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
         parameter = next(p for p in learner.target.parameters() if p.requires_grad)
