@@ -1,11 +1,17 @@
 """The command line `l2t-fast`.
 
-Exit codes: 0 done; 2 bad input; 3 the machine would not, as with a full disk; 130 stopped and saved.
+Exit codes: 0 done; 2 bad input, or a training that failed; 3 the machine would not, as with a full disk; 130 stopped
+and saved.
 """
 
+import codecs
+import contextlib
+import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +19,61 @@ import tyro
 from rich.console import Console
 
 from l2t_fast.environment import be_patient
-from l2t_fast.errors import Interrupted, L2TError
+from l2t_fast.errors import Interrupted, L2TError, OutputClosed
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
 
+# The names of the options on the command line: given means given, also where it is what would be so by itself.
+_GIVEN: ContextVar[frozenset[str]] = ContextVar("_GIVEN", default=frozenset())
+
+# What stands for a letter where the output cannot have it.
+_ASCII = {
+    "→": "->",
+    "±": "+-",
+    "·": "-",
+    "−": "-",
+    "–": "-",
+    "×": "x",
+    "…": "...",
+    "λ": "lambda",
+    "θ": "theta",
+    "φ": "phi",
+    "β": "beta",
+    "τ": "tau",
+    "α": "alpha",
+    "Δ": "delta",
+    "μ": "mu",
+}
+
 # The commands import what they run after the arguments are read, so that --help answers at once.
+
+
+class _Output(Console):
+    """The terminal, or who reads what is printed; a training whose reader leaves saves and stops."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _to_nowhere()
+        raise OutputClosed
+
+
+def _to_nowhere() -> None:
+    """What is still to be printed, at the end of the process too, goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_ASCII.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+def _print_anything() -> None:
+    """Lets streams that cannot have every letter have another one instead."""
+    codecs.register_error("l2t_fast", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="l2t_fast")
 
 
 def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
@@ -27,7 +84,7 @@ def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
     """
     from l2t_fast.runs.run import run
 
-    run(config, Console())
+    run(config, _Output(), _GIVEN.get())
 
 
 def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
@@ -38,7 +95,7 @@ def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
     """
     from l2t_fast.runs.table import run
 
-    if not run(config, Console()):
+    if not run(config, _Output()):
         raise L2TError("some cells have failed: the table says why; the same command tries them again.")
 
 
@@ -46,7 +103,7 @@ def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Train a source network from scratch; its checkpoint is for --source-weights."""
     from l2t_fast.runs import pretrain
 
-    pretrain.pretrain(config, Console())
+    pretrain.pretrain(config, _Output(), _GIVEN.get())
 
 
 def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -57,7 +114,7 @@ def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:
     """
     from l2t_fast.reports import inspection
 
-    inspection.inspect(run, Console())
+    inspection.inspect(run, _Output())
 
 
 def bench() -> None:
@@ -71,6 +128,12 @@ def run_bench(arguments: Sequence[str]) -> None:
     sys.exit(subprocess.run([sys.executable, "-m", "benchmarks", *arguments], check=False).returncode)
 
 
+def _names(arguments: Sequence[str]) -> frozenset[str]:
+    """Of "--beta 0.5 --no-nesterov" beta and nesterov."""
+    flags = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
+    return frozenset([*flags, *(flag.removeprefix("no_") for flag in flags)])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with the codes above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -82,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bench": bench,
     }
     be_patient()
+    _print_anything()
+    _GIVEN.set(_names(given))
     try:
         if given[:1] == ["bench"]:  # its arguments are its own
             run_bench(given[1:])
@@ -89,6 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except L2TError as error:
         Console(stderr=True).print(f"l2t-fast: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.status)
+    except (OutputClosed, BrokenPipeError):
+        _to_nowhere()
+        sys.exit(130)
     except Interrupted:
         Console(stderr=True).print(
             "stopped and saved: the same command goes on, `train` and `pretrain` with --resume and the same --name",

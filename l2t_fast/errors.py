@@ -10,6 +10,10 @@ class L2TError(ValueError):
     status = 2
 
 
+class DamagedFileError(L2TError):
+    """A file of ours is missing, or not as it was written."""
+
+
 class UnfitError(L2TError):
     """The method cannot be had with these networks, though others can."""
 
@@ -22,3 +26,7 @@ class MachineError(L2TError):
 
 class Interrupted(Exception):
     """Raised where the user asked to stop; everything is saved."""
+
+
+class OutputClosed(Interrupted):
+    """Who read what is printed has left, as `head` does."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2t_fast.errors import L2TError, MachineError
+from l2t_fast.errors import DamagedFileError, L2TError, MachineError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,6 +78,29 @@ def save_bytes(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def keep_as(path: Path, other: Path) -> None:
+    """The file stays under another name as well, whatever takes its place; on file systems with links."""
+    with suppress(OSError):
+        other.unlink(missing_ok=True)
+        os.link(path, other)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises MachineError where the disk has not so many bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise MachineError(
+            f"the checkpoints in {folder} take {needed:,} bytes, and there is room for {free:,}: make room, or give "
+            "another --runs."
+        )
+
+
+def check_there(path: Path) -> None:
+    """Raises MachineError where a file that was there at the start is so no longer."""
+    if not path.exists():
+        raise MachineError(f"{path.parent} was removed meanwhile: what was in it is lost; start anew.")
+
+
 def make_folder(path: Path) -> None:
     """Makes the folder and those above it, where they are missing.
 
@@ -96,6 +119,10 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         yield
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise L2TError(f"{path} cannot be written ({error.strerror}): give another --name or --runs.") from error
+    except FileNotFoundError as error:
+        raise MachineError(
+            f"{path} cannot be written, as its folder was removed meanwhile: what was in it is lost; start anew."
+        ) from error
     except OSError as error:
         why, advice = error.strerror or str(error), "allow writing there, or give another folder"
         if error.errno in _NO_ROOM:
@@ -115,12 +142,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` wrote, on the CPU.
 
     Raises:
-        L2TError: the file is missing, truncated, changed, or of something else.
+        DamagedFileError: the file is missing, truncated or changed.
+        L2TError: it is of something else.
     """
     import torch
 
     if not path.is_file():
-        raise L2TError(f"there is no checkpoint {path}: start the run anew.")
+        raise DamagedFileError(f"there is no checkpoint {path}: start the run anew.")
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums
             changed = archive.testzip()
@@ -128,8 +156,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(changed)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling a damaged file may raise
-        raise L2TError(
-            f"checkpoint {path} is damaged or not a checkpoint: remove it and start that part anew."
+        raise DamagedFileError(
+            f"checkpoint {path} is damaged or not a checkpoint: remove {path.parent}, to train that part anew."
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise L2TError(f"{path} is not a checkpoint of l2t_fast: give one that `l2t-fast train` wrote.")

@@ -61,7 +61,7 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given: str
     script = """
 import os, sys
 from l2t_fast import cli
-def seen(config, console):
+def seen(config, console, given):
     assert "torch" not in sys.modules
     print(os.environ["OMP_WAIT_POLICY"])
 import types
@@ -162,7 +162,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_run_that_diverges_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--runs", str(tmp_path), *SMALL, "--method", "l2t-ww", "--seeds", "0", "--lr", "1e12", "--name", "run"]
+    arguments = ["--runs", str(tmp_path), *SMALL, "--method", "l2t-ww", "--seeds", "0", "--lr", "1e6", "--name", "run"]
     error = refused(capsys, *arguments)
     assert "at epoch 0, iteration" in error
     assert "lower the learning rate or beta" in error

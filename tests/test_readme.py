@@ -8,7 +8,7 @@ import pytest
 from benchmarks.report.readme import readme_block
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "l2t_fast/README.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "l2t_fast/README.md", "benchmarks/README.md", "docs/faults.md")
 
 
 def test_the_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,3 +66,14 @@ def test_the_house_stands_as_it_is_drawn() -> None:
     in_full = (package, *(package / room for room in ("engine", "learner", "runs", "training", "settings")))
     modules = {str(path.relative_to(ROOT)) for folder in in_full for path in folder.glob("*.py")}
     assert {path for path in rooms | modules if not path.endswith("__init__.py")} - drawn == set()
+
+
+def test_each_fault_names_a_test_that_exists() -> None:
+    lines = [line for line in (ROOT / "docs/faults.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in lines if not line.startswith("| fault")]
+    named = [re.findall(r"`(tests/\S+\.py)::(test_\w+)`", row) for row in rows]
+    assert [row for row, tests in zip(rows, named, strict=True) if not tests] == []
+    missing = {
+        (file, test) for tests in named for file, test in tests if f"def {test}(" not in (ROOT / file).read_text()
+    }
+    assert missing == set()

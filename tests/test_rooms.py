@@ -18,7 +18,8 @@ FLOORS = [
     ["engine"],
     ["learner", "data"],
     ["kernels", "networks", "files", "reference"],
-    ["choices", "environment", "errors"],
+    ["bounds"],
+    ["choices", "environment", "errors", "signals"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 Imports = dict[str, set[str]]  # module -> the modules of the project that it imports

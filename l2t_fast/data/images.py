@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from torchvision import transforms
 from l2t_fast.data.readers.layout import open_image
 from l2t_fast.data.streams import AUGMENTATION, ORDER, keyed_generator
 from l2t_fast.errors import L2TError
+from l2t_fast.signals import held_back, leave_group
 
 # Statistics of ImageNet, which the authors use for every data set.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -58,6 +61,14 @@ class ImageSet(ABC):
     @abstractmethod
     def eval_batches(self, batch_size: int) -> Iterator[LabelledBatch]:
         """Every image once, in order, without augmentation: x float32 [B, 3, H, W], normalised, y int64 [B]."""
+
+    def checksum(self, so_far: int = 0) -> int:
+        """Of labels and images; of images in files, of their names."""
+        return zlib.crc32(self.labels.cpu().numpy().tobytes(), so_far)
+
+    def readable(self) -> Tensor:
+        """bool [N]: which images can be read. Those in files are all looked at."""
+        return torch.ones(len(self), dtype=torch.bool)
 
     @abstractmethod
     def select(self, indices: Tensor, labels: Tensor, augment: bool) -> ImageSet:
@@ -119,6 +130,9 @@ class TensorSet(ImageSet):
     def select(self, indices: Tensor, labels: Tensor, augment: bool) -> TensorSet:
         return TensorSet(labels=labels, augment=augment, images=self.images[indices], flip=self.flip)
 
+    def checksum(self, so_far: int = 0) -> int:
+        return zlib.crc32(self.images.cpu().contiguous().numpy().data, super().checksum(so_far))
+
     def resized(self, size: int) -> TensorSet:
         if self.images.shape[2:] == (size, size):
             return self
@@ -162,6 +176,13 @@ class FolderSet(ImageSet):
     def eval_batches(self, batch_size: int) -> Iterator[LabelledBatch]:
         return self._load(torch.arange(len(self)), [*_centre(self.size), *_FLOAT], batch_size)
 
+    def checksum(self, so_far: int = 0) -> int:
+        names = "\0".join("/".join(path.replace("\\", "/").split("/")[-2:]) for path in self.paths)
+        return zlib.crc32(names.encode("utf-8", "surrogateescape"), super().checksum(so_far))
+
+    def readable(self) -> Tensor:
+        return _readable(tuple(self.paths), self.workers)
+
     def select(self, indices: Tensor, labels: Tensor, augment: bool) -> FolderSet:
         paths = [self.paths[i] for i in indices.tolist()]
         return dataclasses.replace(self, paths=paths, labels=labels, augment=augment)
@@ -191,13 +212,20 @@ class FolderSet(ImageSet):
             batch_size=batch_size,
             num_workers=self.workers,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_group,
             generator=torch.Generator(),  # otherwise the loader draws from the global one
         )
         try:
-            for x, y in loader:
+            with held_back():
+                batches = iter(loader)
+            for x, y in batches:
                 yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         except L2TError as error:  # a worker's message comes wrapped in its traceback
             raise L2TError(str(error).strip().rpartition("L2TError: ")[2]) from None
+
+
+def _leave_group(_worker: int) -> None:
+    leave_group()
 
 
 def _beside(batches: Iterator[LabelledBatch], device: torch.device) -> Iterator[LabelledBatch]:
@@ -224,6 +252,38 @@ def _beside(batches: Iterator[LabelledBatch], device: torch.device) -> Iterator[
 
 def _centre(size: int) -> list[_Transform]:
     return [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
+
+
+@functools.lru_cache(maxsize=4)
+def _readable(paths: tuple[str, ...], workers: int) -> Tensor:
+    """As `ImageSet.readable`; once in a process, as it takes as long as an epoch."""
+    loader = DataLoader(
+        _Tried(paths),
+        batch_size=_DECODED,
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=_leave_group,
+    )
+    with held_back():
+        found = iter(loader)
+    return torch.cat([torch.empty(0, dtype=torch.bool), *found])
+
+
+class _Tried(Dataset[bool]):
+    """Whether the images in files can be read."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> bool:
+        try:
+            open_image(self.paths[index])
+        except L2TError:
+            return False
+        return True
 
 
 class _Files(Dataset[tuple[Tensor, int]]):

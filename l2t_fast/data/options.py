@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class DataOptions:
     those smaller than 224, are resized to it and kept in memory: at most 4 GiB, one byte a pixel and channel"""
     workers: int = 2
     """processes that read images in files"""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """an image in a file that cannot be read stops the run when it is met; or all are looked at first, and those that
+    cannot be read are left out, said, and listed in skipped-images.txt"""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from l2t_fast.bounds import BOUNDS, allowed, shown, within
 from l2t_fast.choices import DATASETS, LARGE, RESIZED
 from l2t_fast.data.images import FolderSet, ImageSet, TensorSet
 from l2t_fast.data.options import DataConfig
@@ -23,13 +25,21 @@ _MOST = 4 * 2**30  # bytes of resized images
 
 @dataclass(frozen=True)
 class Data:
-    """The three parts of a data set. image_shape: (3, H, W) of a batch's images."""
+    """The three parts of a data set.
+
+    image_shape: (3, H, W) of a batch's images. skipped: files of the whole data set that were left out.
+    """
 
     train: ImageSet
     val: ImageSet
     test: ImageSet
     num_classes: int
     image_shape: tuple[int, int, int]
+    skipped: tuple[str, ...] = ()
+
+    def checksum(self) -> str:
+        """Of all images and labels; of images in files, of their names."""
+        return f"{self.test.checksum(self.val.checksum(self.train.checksum())):08x}"
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
@@ -44,13 +54,19 @@ def load_data(config: DataConfig, seed: int) -> Data:
     """
     _check(config)
     train, test, num_classes, held_out = whole_sets(config)
+    skip = config.on_bad_image == "skip"
+    good = [images.readable() if skip else torch.ones(len(images), dtype=torch.bool) for images in (train, test)]
     if config.split is not None:
-        classes, train_part, val_part, test_part = _read_split(config.split, train.labels, test.labels)
+        classes, *parts = _read_split(config.split, train.labels, test.labels)
+        train_part, val_part, test_part = (p[kept[p]] for p, kept in zip(parts, (good[0], *good), strict=True))
     else:
         classes = tuple(range(num_classes)) if config.classes is None else config.classes
         if not all(0 <= c < num_classes for c in classes):
             raise L2TError(f"{config.dataset} has classes 0 to {num_classes - 1}; choose classes among them.")
-        pool, test_part = (torch.isin(s.labels, torch.tensor(classes)).nonzero()[:, 0] for s in (train, test))
+        pool, test_part = (
+            (torch.isin(s.labels, torch.tensor(classes)) & kept).nonzero()[:, 0]
+            for s, kept in zip((train, test), good, strict=True)
+        )
         if held_out is not None:
             own = pool < len(train) - held_out
             val_part, train_part = pool[~own], pool[own]
@@ -70,6 +86,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
         train_part, _ = _draw(train.labels, train_part, classes, lambda _: k, PER_CLASS, seed)
         val_part, _ = _draw(train.labels, val_part, classes, lambda n: min(n, k), PER_CLASS, seed)
 
+    if not len(test_part):
+        raise L2TError(f"{config.dataset} has no test images of the classes asked for; add some.")
     relabel = torch.full((max(num_classes, max(classes) + 1),), -1)
     relabel[list(classes)] = torch.arange(len(classes))
 
@@ -90,29 +108,40 @@ def load_data(config: DataConfig, seed: int) -> Data:
         test=part(test, test_part, augment=False),
         num_classes=len(classes),
         image_shape=for_training.image_shape,
+        skipped=tuple(itertools.chain.from_iterable(map(_left_out, (train, test), good))),
     )
 
 
+def _left_out(images: ImageSet, good: Tensor) -> list[str]:
+    return [images.paths[i] for i in (~good).nonzero()[:, 0].tolist()] if isinstance(images, FolderSet) else []
+
+
 def _check(config: DataConfig) -> None:
-    if config.dataset not in DATASETS:
-        nearest = ", ".join(difflib.get_close_matches(config.dataset.lower(), DATASETS, n=3, cutoff=0.0))
+    if not isinstance(config.dataset, str) or config.dataset not in DATASETS:
+        nearest = ", ".join(difflib.get_close_matches(str(config.dataset).lower(), DATASETS, n=3, cutoff=0.0))
         raise L2TError(f"there is no data set named {config.dataset!r}; the nearest names are {nearest}.")
-    if config.classes is not None and not 0 < len(set(config.classes)) == len(config.classes):
-        raise L2TError(f"classes must be different and at least one, not {config.classes}.")
+    if config.classes is not None and not (
+        isinstance(config.classes, Sequence)
+        and all(isinstance(c, int) for c in config.classes)
+        and 0 < len(set(config.classes)) == len(config.classes)
+    ):
+        raise L2TError(f"classes must be different and at least one, not {shown(config.classes)}.")
     if config.classes is not None and config.split is not None:
         raise L2TError("a split names its own classes; give either classes or a split.")
-    if config.per_class is not None and config.per_class < 1:
-        raise L2TError(f"per_class must be at least 1, not {config.per_class}.")
-    if not 0 <= config.val_fraction < 1:
-        raise L2TError(f"val_fraction must be at least 0 and less than 1, not {config.val_fraction}.")
-    if config.workers < 0:
-        raise L2TError(f"workers must be at least 0, not {config.workers}.")
+    if not isinstance(config.val_fraction, int | float) or not 0 <= config.val_fraction < 1:
+        raise L2TError(f"val_fraction must be at least 0 and less than 1, not {shown(config.val_fraction)}.")
+    if config.on_bad_image not in ("stop", "skip"):
+        raise L2TError(f"on_bad_image must be 'stop' or 'skip', not {shown(config.on_bad_image)}.")
+    for name in ("per_class", "workers", "image_size"):
+        value = getattr(config, name)
+        if value is not None and not within(name, value):
+            least = BOUNDS[name][0]
+            wanted = f"at least {least}" if isinstance(value, int) and value < least else allowed(name)
+            raise L2TError(f"{name} must be {wanted}, not {shown(value)}.")
     if config.image_size is not None and config.dataset not in RESIZED:
         raise L2TError(
             f"{config.dataset} has images of one size; leave out image_size, which {' and '.join(RESIZED)} have."
         )
-    if config.image_size is not None and config.image_size < 8:
-        raise L2TError(f"image_size must be at least 8, not {config.image_size}.")
 
 
 def _check_memory(name: str, count: int, size: int) -> None:

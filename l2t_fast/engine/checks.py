@@ -6,6 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from l2t_fast.bounds import check_number, shown
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine.inner_step import parameters
 from l2t_fast.errors import L2TError
@@ -19,19 +20,11 @@ def check_settings(words: Mapping[str, str], numbers: Mapping[str, Any], nestero
     for name, choices in (("scheme", Scheme), ("mode", Mode), ("precision", Precision), ("memory", Memory)):
         if words[name] not in get_args(choices):
             allowed = " or ".join(map(repr, get_args(choices)))
-            raise L2TError(f"{name}='{words[name]}' is not to be had: use {allowed}.")
-    check_numbers(numbers)
-    if not isinstance(numbers["inner_steps"], int):
-        raise L2TError(f"inner_steps={numbers['inner_steps']} is not to be had: give a whole number.")
+            raise L2TError(f"{name}={shown(words[name])} is not to be had: use {allowed}.")
+    for name, value in numbers.items():
+        check_number(name, value)
     if nesterov and not numbers["momentum"]:
         raise L2TError("nesterov=True needs momentum > 0.")
-
-
-def check_numbers(numbers: Mapping[str, Any]) -> None:
-    """Raises L2TError for a negative number, or none."""
-    for name, value in numbers.items():
-        if not value >= 0:  # nor NaN
-            raise L2TError(f"{name}={value} is not to be had: give zero or more.")
 
 
 def check_target(learner: L2T, theta: Mapping[str, Tensor]) -> None:
@@ -82,11 +75,16 @@ def batches_in_a_row(
     return [*zip(xs, ys, strict=True), *([val] if val is not None else [])]
 
 
-def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, classes: int, look_at_labels: bool) -> None:
+def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, learner: L2T, look_at_labels: bool) -> None:
     """Raises L2TError for images and labels that do not fit each other, or a target with parameters `like`."""
     places = (like.device, torch.device("cpu"))
     if x.dim() != 4:
         raise L2TError(f"the images must be [B, C, H, W], not {list(x.shape)}.")
+    if x.shape[1] != (channels := learner.image_shape[0]):
+        raise L2TError(
+            f"the images have {x.shape[1]} channels, those that the learner was made for {channels}: give [B, "
+            f"{channels}, H, W]."
+        )
     if x.device not in places or x.dtype != like.dtype:
         raise L2TError(
             f"the images are {x.dtype} on {x.device}, the target is {like.dtype} on {like.device}: "
@@ -103,5 +101,7 @@ def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, classes: int,
         raise L2TError("BatchNorm cannot train on a batch of one: give two images or more.")
     if y.device.type == "cpu" or look_at_labels:
         low, high = y.min().item(), y.max().item()
-        if low < 0 or high >= classes:
-            raise L2TError(f"the labels go from {low} to {high}, but the target has classes 0 to {classes - 1}.")
+        if low < 0 or high >= learner.classes:
+            raise L2TError(
+                f"the labels go from {low} to {high}, but the target has classes 0 to {learner.classes - 1}."
+            )

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from l2t_fast.bounds import check_number
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine import checks
 from l2t_fast.engine.capture import CaptureError, Graphs
@@ -103,6 +104,8 @@ class Engine:
             },
             nesterov,
         )
+        if iterations is not None:
+            check_number("iterations", iterations)
         if not any(p.requires_grad for p in learner.target.parameters()):
             raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
         parameter = next(p for p in learner.target.parameters() if p.requires_grad)
@@ -141,7 +144,7 @@ class Engine:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        checks.check_numbers({"lr": value})
+        check_number("lr", value)
         self._lr_value = float(value)
         self.trained.lr.fill_(self._lr_value)
 
@@ -152,7 +155,7 @@ class Engine:
 
     @meta_lr.setter
     def meta_lr(self, value: float) -> None:
-        checks.check_numbers({"meta_lr": value})
+        check_number("meta_lr", value)
         self._meta_lr_value = float(value)
         self.trained.set_meta_lr(self._meta_lr_value)
 
@@ -351,7 +354,7 @@ class Engine:
         batches = checks.batches_in_a_row(x, y, val, self.scheme, self.inner_steps, meta)
         smallest, like = self.smallest_batch, next(iter(self.trained.theta.values()))
         for images_, labels in batches:
-            checks.check_batch(images_, labels, like, smallest, self.learner.classes, not self._labels_seen)
+            checks.check_batch(images_, labels, like, smallest, self.learner, not self._labels_seen)
         self._labels_seen = True
         checks.check_target(self.learner, self.trained.theta)
         for source in self.learner.sources:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2t_fast.bounds import shown
 from l2t_fast.choices import What, Where
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.matching import ops
 from l2t_fast.kernels.matching.aten import resize
 from l2t_fast.learner.network import Network, Outputs, Runs
 from l2t_fast.learner.pairs import Pair, PairSpec, resolve_pairs
-from l2t_fast.learner.taps import unwrapped
+from l2t_fast.learner.taps import are_names, unwrapped
 from l2t_fast.learner.terms import MakeTerm, Shapes, TermNetworks
 from l2t_fast.learner.traced import trace
 from l2t_fast.learner.weights import channel_weights, check_kinds, pair_weights, what_head, where_head
@@ -272,6 +273,8 @@ def _layouts_of_each(
         L2TError: a layer that is not tapped.
     """
     found: list[dict[str, str]] = [{} for _ in (*source_layers, target_layers)]
+    if not isinstance(layout, Mapping) or not are_names([*layout, *layout.values()]):
+        raise L2TError(f"layout must be a dictionary of names of layers and of layouts, not {shown(layout)}.")
     for key, value in layout.items():
         source, colon, name = key.partition(":")
         places = [f"source {s}" for s in range(len(source_layers))]
@@ -290,9 +293,11 @@ def _layers_of_each(
 ) -> list[list[str]]:
     if isinstance(source_layers, str):
         raise L2TError(f"source_layers must be a list of names, not '{source_layers}'.")
-    names: list[Any] = list(source_layers)
-    if len(networks) == 1 and all(isinstance(name, str) for name in names):
-        return [[str(name) for name in names]]
+    if len(networks) == 1 and are_names(source_layers):
+        return [list(map(str, source_layers))]
+    names: list[Any] = list(source_layers) if isinstance(source_layers, Sequence) else [source_layers]
+    if not all(are_names([entry]) or are_names(entry) for entry in names):
+        raise L2TError(f"source_layers must be names of layers, not {shown(source_layers)}.")
     if len(names) != len(networks) or any(isinstance(name, str) for name in names):
         raise L2TError(
             f"source_layers must hold one list of names for each of the {len(networks)} sources, not {source_layers!r}."

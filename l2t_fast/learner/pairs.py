@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from l2t_fast.bounds import shown
 from l2t_fast.choices import PairRule
 from l2t_fast.errors import L2TError, UnfitError
 
@@ -47,12 +48,14 @@ def resolve_pairs(spec: PairSpec, sources: Sequence[Sequence[Shape]], target: Se
             return _one_to_one(sources, target)
         if spec == "single":
             return [Pair(s, len(source) - 1, len(target) - 1) for s, source in enumerate(sources)]
-        raise L2TError(f"pairs='{spec}' is unknown: use 'all-to-all', 'one-to-one', 'single' or a list of (m, n).")
+        raise L2TError(f"pairs={shown(spec)} is unknown: use 'all-to-all', 'one-to-one', 'single' or a list of (m, n).")
 
     if not isinstance(spec, Sequence) or not all(
         isinstance(entry, Sequence) and all(isinstance(index, int) for index in entry) for entry in spec
     ):
-        raise L2TError(f"pairs={spec!r} is not to be had: use a rule or a list of (m, n) or (source, m, n), all whole.")
+        raise L2TError(
+            f"pairs={shown(spec)} is not to be had: use a rule or a list of (m, n) or (source, m, n), all whole."
+        )
     pairs: list[Pair] = []
     for entry in spec:
         if len(entry) == 3:

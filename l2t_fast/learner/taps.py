@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from l2t_fast.bounds import shown
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.layout import FeatureMap, find_layout, parse_layer, pick
 from l2t_fast.learner.pairs import Shape
@@ -88,6 +89,15 @@ def check_module(module: nn.Module, role: str) -> None:
             )
 
 
+def are_names(layers: object) -> bool:
+    """Whether it is a list or another sequence of names."""
+    return (
+        isinstance(layers, Sequence)
+        and not isinstance(layers, str | bytes)
+        and all(isinstance(layer, str) for layer in layers)
+    )
+
+
 def find_taps(
     module: nn.Module,
     layers: Sequence[str],
@@ -109,8 +119,8 @@ def find_taps(
             times, a feature that is no map, a feature that is overwritten in place later in the forward pass, a
             network that cannot run on such images or does not return logits [B, classes].
     """
-    if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
-        raise L2TError(f"the layers of the {role} must be a list of names, not {layers!r}.")
+    if not are_names(layers):
+        raise L2TError(f"the layers of the {role} must be a list of names, not {shown(layers)}.")
     modules = dict(module.named_modules())
     watched = {layer: _module_of(layer, modules) for layer in layers}
     with undisturbed(module, example.device), torch.no_grad():
@@ -147,6 +157,8 @@ def logits_of(result: Any, key: int | str | None, role: str) -> Tensor:
     """
     found = result
     if key is not None:
+        if not isinstance(key, int | str):
+            raise L2TError(f"logits={shown(key)} is not to be had: give a place in what the {role} returns.")
         try:
             found = getattr(result, key) if isinstance(key, str) and hasattr(result, key) else result[key]
         except (KeyError, IndexError, TypeError) as error:

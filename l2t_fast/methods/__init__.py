@@ -2,9 +2,9 @@
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Sequence
 
+from l2t_fast.bounds import within
 from l2t_fast.errors import L2TError
 from l2t_fast.methods import attention, finetune, jacobian, lwf, matching, scratch
 from l2t_fast.methods.base import Method
@@ -64,11 +64,12 @@ def _parse(setting: str) -> tuple[str, str, float]:
         number = float(value)
     except ValueError:
         number = float("nan")
-    if key not in (*known, *options) or not 0 <= number < math.inf or (number == 0 and key == "lwf.temperature"):
+    keyword = key.rpartition(".")[2]
+    bound = keyword if keyword in OPTIONS else "beta"  # other numbers are weights, as β is one
+    if key not in (*known, *options) or not within(bound, number) or (number == 0 and key == "lwf.temperature"):
         wanted = ", ".join(f"{name}={default:g}" for name, default in known.items())
         raise L2TError(
-            f"'{setting}' is no setting of a method: give a number for one of {wanted} (published values), or for "
+            f"{setting!r:.60} is no setting of a method: give a number for one of {wanted} (published values), or for "
             f"{', '.join(f'METHOD.{option}' for option in OPTIONS)} of a method that has it."
         )
-    name, _, keyword = key.partition(".")
-    return name, keyword, number
+    return key.rpartition(".")[0], keyword, number

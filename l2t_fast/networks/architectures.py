@@ -9,6 +9,7 @@ import torchvision.models
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from l2t_fast.bounds import BOUNDS, within
 from l2t_fast.errors import L2TError
 
 # Depths 6n + 2 of He et al. 2016, section 4.2, without those that name a torchvision network (18, 34, 50, ...).
@@ -87,8 +88,8 @@ def build_model(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
     """
     if num_classes < 1:
         raise L2TError(f"a network needs at least one class, not {num_classes}.")
-    if width <= 0:
-        raise L2TError(f"the width of a network must be positive, not {width}.")
+    if not within("width", width):
+        raise L2TError(f"the width of a network must be positive and at most {BOUNDS['width'][1]:g}, not {width}.")
     if name in CIFAR_RESNETS:
         return CifarResNet(CIFAR_RESNETS[name], num_classes, width)
     if name == "vgg9_bn":

@@ -63,6 +63,9 @@ def read_checkpoint(place: str | Path) -> dict[str, Tensor]:
             f"{path} holds no weights{kind}; give a state dict of tensors, bare or under 'state_dict' or 'model'."
         )
     state = {str(name): value for name, value in state.items()}
+    for name, value in state.items():
+        if value.numel() * value.element_size() > path.stat().st_size:
+            raise L2TError(f"'{name}' of {path} is {list(value.shape)}, more than the file holds; get it again.")
     if prefix is None:
         return state
     if not (beneath := _beneath(state, prefix)):
@@ -114,6 +117,9 @@ def _check_sums(path: Path) -> None:
         return  # what torch.save wrote before it wrote archives
     try:
         with zipfile.ZipFile(path) as archive:
+            tensors = [entry.file_size for entry in archive.infolist() if "/data/" in entry.filename]
+            if sum(tensors) > path.stat().st_size:  # packed, which PyTorch never does
+                raise _unreadable(path)
             changed = archive.testzip()
     except Exception as error:  # on bytes of any origin, as the unpickler
         raise _unreadable(path) from error

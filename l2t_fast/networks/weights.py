@@ -26,6 +26,9 @@ def load_weights(model: nn.Module, place: str | Path) -> None:
     difference, and for one whose names leave more than one way, with those names.
     """
     wanted, found = _weights(model.state_dict()), _weights(read_checkpoint(place))
+    for name, value in found.items():
+        if not bool(value.isfinite().all()):
+            raise L2TError(f"{place} is no good source: '{name}' in it is not finite; give other weights.")
     for ours, theirs in correspond(wanted, found, str(place)).items():
         wanted[ours].copy_(found[theirs])
 

@@ -37,7 +37,7 @@ def to_rich(grid: Grid, title: str, remarks: Sequence[str]) -> "Table":
     from rich.table import Table  # here, as Markdown needs none of it
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", caption=" ".join(remarks), caption_justify="left")
+    table = Table(title=Text(title), title_justify="left", caption=Text(" ".join(remarks)), caption_justify="left")
     for j, name in enumerate(grid.header):
         table.add_column(Text(name), justify="left" if j == 0 else "right")
     for i, line in enumerate(grid.lines):

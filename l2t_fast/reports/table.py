@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from l2t_fast.files import make_folder, save_text
 from l2t_fast.reports.column import Column
@@ -40,7 +41,8 @@ def write_tables(folder: Path, title: str, columns: Sequence[Column], methods: S
     details = [to_rich(_detail(s, notes), s.title if overview else title, _remarks(s)[:1]) for s in summaries]
     # What every table would say is said once, below the last.
     common = dict.fromkeys(remark for summary in summaries for remark in _remarks(summary)[1:])
-    details[-1].caption = "\n".join([str(details[-1].caption), " ".join(common), *notes.lines]).replace("\n\n", "\n")
+    caption = "\n".join([str(details[-1].caption), " ".join(common), *notes.lines]).replace("\n\n", "\n")
+    details[-1].caption = Text(caption)
     return [*overview, *details]
 
 

@@ -7,7 +7,7 @@ source/          (source-1/, source-2/, ... of several) the same of a source net
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.reports.pictures import weights as plots
 from l2t_fast.runs.build import build_sources, make_engine, make_learner, method_config, plain_learner, source_data
+from l2t_fast.runs.made import cell_settings, inputs, shared_settings
 from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.fit import Schedule, fit
@@ -36,7 +37,8 @@ def train_source(folder: Path, config: TrainConfig, s: int, device: torch.device
     classes = " ".join(map(str, config.source.source_classes or ()))
     number = f" {s + 1}" if len(config.source.source or ()) > 1 else ""
     title = f"source{number}, classes {classes}"
-    _fit(folder, title, config, s, config.source.source_epochs, network, learner, data, make_watch)
+    what = {"part": title, **shared_settings(config)}
+    _fit(folder, title, config, s, config.source.source_epochs, network, learner, data, make_watch, what)
     save_weights(folder / "source.pt", network, data.num_classes)
 
 
@@ -54,7 +56,8 @@ def train_cell(
     config = method_config(config, name)
     target, learner, _ = make_learner(config, name, seed, sources, data, device)
     title = f"{name}, seed {seed}"
-    result = _fit(folder, title, config, seed, config.optim.epochs, target, learner, data, make_watch)
+    what = {"--method": name, **cell_settings(config)}
+    result = _fit(folder, title, config, seed, config.optim.epochs, target, learner, data, make_watch, what)
     if len(learner.what) or len(learner.where):
         _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
     save_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -82,6 +85,7 @@ def _fit(
     learner: L2T,
     data: Data,
     make_watch: MakeWatch,
+    what: Mapping[str, str],
 ) -> dict[str, Any]:
     optim = config.optim
     assert epochs is not None
@@ -93,7 +97,8 @@ def _fit(
     watch = make_watch(title, epochs, batches)
     schedule = Schedule(epochs, optim.batch_size, optim.lr, seed)
     engine = make_engine(config, learner, epochs * batches, watch.say)
-    result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch)
+    made = {**what, "seed": str(seed), **inputs(learner.sources, data)}
+    result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch, made)
     watch.done(result["test_accuracy_last"])
     return result
 

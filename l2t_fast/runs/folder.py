@@ -14,23 +14,12 @@ from l2t_fast.networks.checkpoint import split_prefix
 from l2t_fast.reports.column import Problems, read_problems
 from l2t_fast.runs.build import trains_sources, uses_sources
 from l2t_fast.runs.lock import alone, begun, check_free
+from l2t_fast.runs.made import TARGET_ONLY
 from l2t_fast.settings.defaults import check_name
 from l2t_fast.settings.options import TableConfig, TrainConfig
 from l2t_fast.settings.stored import FREE, check_same, load_config, load_table, save_config
 
-# What a column that goes on may be given anew, and what the source that columns share does not depend on.
-_ROWS = ("method", "seeds")
-_TARGET_ONLY = (
-    "per_class",
-    "classes",
-    "split",
-    "epochs",
-    "meta_lr",
-    "meta_weight_decay",
-    "beta",
-    "where",
-    "inner_steps",
-)
+_ROWS = ("method", "seeds")  # that a column which goes on may be given anew
 
 
 def open_table(config: TableConfig) -> tuple[Path, TableConfig]:
@@ -74,7 +63,7 @@ def check_column(folder: Path, config: TrainConfig) -> None:
     column, source = folder / str(config.name), shared_sources(folder, config)
     for place, what, free in (
         (column, f"column {config.name}", _ROWS),
-        (source, f"the source of {config.data.dataset}", (*_ROWS, *_TARGET_ONLY)),
+        (source, f"the source of {config.data.dataset}", (*_ROWS, *TARGET_ONLY)),
     ):
         if (place / "config.json").exists():
             saved = load_config(place / "config.json")

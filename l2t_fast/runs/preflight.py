@@ -1,12 +1,14 @@
 """What can be wrong with a run, found before a folder is made or anything is trained."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from l2t_fast.data.splits import load_data
 from l2t_fast.errors import L2TError, UnfitError
+from l2t_fast.files import save_text
 from l2t_fast.runs.build import (
     build_sources,
     check_data,
@@ -18,6 +20,15 @@ from l2t_fast.runs.build import (
     trains_sources,
 )
 from l2t_fast.settings.options import TrainConfig
+
+SKIPPED = "skipped-images.txt"
+
+
+def list_skipped(folder: Path, config: TrainConfig) -> None:
+    """Writes which images of the data set are left out, a path a line, where the run leaves out any."""
+    if config.data.on_bad_image == "skip":
+        skipped = load_data(config.data, (config.seeds or (0,))[0]).skipped
+        save_text(folder / SKIPPED, "".join(f"{path}\n" for path in skipped))
 
 
 def preflight(config: TrainConfig, device: torch.device, console: Console) -> dict[str, UnfitError]:
@@ -33,6 +44,12 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
         raise L2TError(f"--mode graph needs a CUDA device, not {device}: leave it out.")
     eager = dataclasses.replace(config, optim=dataclasses.replace(optim, mode="eager"))
     data = load_data(config.data, seed)
+    if data.skipped:
+        console.print(
+            f"{config.data.dataset}: {len(data.skipped)} images cannot be read and are left out; {SKIPPED} lists them",
+            highlight=False,
+            soft_wrap=True,
+        )
     sources = build_sources(config)
     if trains_sources(config):
         source_data(config)
@@ -45,5 +62,7 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
             unfit[method] = error
             continue
         check_data(engine, config, data)
-        console.print(f"{describe(config, method, data, learner, start)}; {device}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{describe(config, method, data, learner, start)}; {device}", highlight=False, soft_wrap=True, markup=False
+        )
     return unfit

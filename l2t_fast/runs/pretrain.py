@@ -1,6 +1,7 @@
 """A source network, trained from scratch as a run of its own."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
@@ -11,27 +12,27 @@ from l2t_fast.networks.architectures import build_model
 from l2t_fast.runs.cell import cell_weights
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.run import open_run, train
-from l2t_fast.settings.defaults import check_least, resolve
+from l2t_fast.settings.defaults import check_flag, resolve
 from l2t_fast.settings.options import PretrainConfig, SourceConfig, TargetConfig, TrainConfig
 
 # What `train` calls otherwise.
 _FLAGS = {"target": "network", "target_width": "width", "seeds": "seed"}
 
 
-def pretrain(config: PretrainConfig, console: Console) -> Path:
+def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = ()) -> Path:
     """Trains a network from scratch and returns the checkpoint to give as --source-weights.
 
     It holds the weights that were best by validation, or the last ones without validation images.
 
-    Raises:
+    Args and Raises:
         As `run`.
     """
     if config.seed is not None:
-        check_least("seed", config.seed, 0)
+        check_flag("seed", config.seed)
     name = config.name
     if name is None:
         name = f"pretrain-{config.data.dataset}-{config.network or 'resnet32'}"
-    given = TrainConfig(
+    asked = TrainConfig(
         name=name,
         runs=config.runs,
         resume=config.resume,
@@ -43,13 +44,13 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
         optim=config.optim,
     )
 
-    def complete(given: TrainConfig) -> TrainConfig:
+    def complete(asked: TrainConfig) -> TrainConfig:
         # A source sees all classes and images that it is given: the limits by default are those of targets.
         target = TargetConfig(config.network or "resnet32", config.width or 1.0)
-        filled = resolve(dataclasses.replace(given, target=target, seeds=given.seeds or (0,)))
-        return dataclasses.replace(filled, data=given.data, source=SourceConfig())
+        filled = resolve(dataclasses.replace(asked, target=target, seeds=asked.seeds or (0,)))
+        return dataclasses.replace(filled, data=asked.data, source=SourceConfig())
 
-    folder, made = open_run(given, complete, _FLAGS)
+    folder, made = open_run(asked, complete, _FLAGS, given)
     train(folder, made, console, config.resume)
     target, (seed,) = made.target, made.seeds or (0,)
     assert target.target is not None
@@ -61,9 +62,10 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
     with alone(folder):
         save_weights(path, network, classes)
     console.print(
-        f"the checkpoint is [bold]{path}[/]: --source {target.target} --source-weights {path}"
+        f"the checkpoint is {path}: --source {target.target} --source-weights {path}"
         + (f" --source-width {target.target_width:g}" if target.target_width != 1 else ""),
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
     return path

@@ -14,16 +14,15 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from torch import Tensor
 
+from l2t_fast.errors import Interrupted
+from l2t_fast.signals import STOPS
 from l2t_fast.training.watch import Watch
 
 _LINE_EVERY = 5.0  # seconds between two lines where there is no terminal
 
 
 class RunWatch(Watch, Protocol):
-    """A watch that also passes on what an engine says."""
-
-    def say(self, text: str) -> None:
-        """A piece of text, as it comes."""
+    """A watch that also shows the end."""
 
     def done(self, accuracy: float) -> None:
         """The training is over, with this accuracy on the test set."""
@@ -46,9 +45,9 @@ class Display:
         self.console = console
         self._said: set[str] = set()
         self.bars = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             _Speed(),
             TextColumn("·"),
             TimeElapsedColumn(),
@@ -151,7 +150,10 @@ class TrainingWatch:
         speed = self._here / (now - self._start)
         eta = self._left / speed if speed else 0.0
         self._display.console.print(
-            f"{self._title} · {text} · {speed:.2f} it/s · ETA {eta:.0f} s", highlight=False, soft_wrap=True
+            f"{self._title} · {text} · {speed:.2f} it/s · ETA {eta:.0f} s",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
         )
         self._last_line = now
 
@@ -161,8 +163,16 @@ def loss_on_host(metrics: dict[str, Tensor]) -> float | None:
     return metrics["loss"].item() if metrics["loss"].device.type == "cpu" else None
 
 
+def be_silent() -> None:
+    """Sends what is printed from here on to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
+
+
 class StopSignal:
-    """Set by the first Ctrl-C (or SIGTERM), so that the training saves before it stops; the second stops at once."""
+    """Set by the first Ctrl-C, SIGTERM or SIGHUP, for the training to save and stop; the second stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -177,12 +187,18 @@ class StopSignal:
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
-            console.print("stopping: the iteration under way is finished and saved (Ctrl-C again stops at once)")
+            try:
+                console.print("stopping: the iteration under way is finished and saved (Ctrl-C again stops at once)")
+            except (OSError, Interrupted):  # the terminal is gone: nobody reads what is printed from here on
+                be_silent()
 
         if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
             yield self
             return
-        old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Under nohup the end of the terminal is not the end; Ctrl-C counts also where a shell's `&` took it away.
+        hangup = getattr(signal, "SIGHUP", None)
+        heard = {number for number in STOPS if number != hangup or signal.getsignal(number) != signal.SIG_IGN}
+        old = {number: signal.signal(number, on_signal) for number in heard}
         try:
             yield self
         finally:

@@ -8,48 +8,57 @@ runs/NAME/config.json                       the settings, all of them
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
-from l2t_fast.errors import L2TError
-from l2t_fast.files import make_folder
-from l2t_fast.reports.column import read_column
+from l2t_fast.errors import L2TError, MachineError
+from l2t_fast.files import check_there, make_folder
+from l2t_fast.reports.column import Problems, read_column
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs.build import find_device
 from l2t_fast.runs.lock import alone, begun, check_free
-from l2t_fast.runs.preflight import preflight
-from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
-from l2t_fast.runs.tasks import column_tasks
-from l2t_fast.runs.workers import Task
+from l2t_fast.runs.preflight import list_skipped, preflight
+from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch
+from l2t_fast.runs.tasks import CellTask, column_tasks
+from l2t_fast.runs.workers import at_work
 from l2t_fast.settings.defaults import check_name, resolve
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.settings.stored import check_same, load_config, save_config, updated
 
 
-def run(config: TrainConfig, console: Console) -> Path:
+def run(config: TrainConfig, console: Console, given: Collection[str] = ()) -> Path:
     """Trains what `config` asks for and returns the folder of the run.
+
+    Args:
+        given: names of the settings that are meant even where they are the usual ones; others than the usual always
+            are. A run that goes on with other ones than its own is refused.
 
     Raises:
         Interrupted: stopped by the user, with everything saved.
         L2TError: bad settings, missing data, a folder that exists already, a training that diverged.
     """
-    folder, made = open_run(config, resolve)
+    folder, made = open_run(config, resolve, given=given)
     train(folder, made, console, config.resume)
     return folder
 
 
 def open_run(
-    config: TrainConfig, complete: Callable[[TrainConfig], TrainConfig], flags: Mapping[str, str] | None = None
+    config: TrainConfig,
+    complete: Callable[[TrainConfig], TrainConfig],
+    flags: Mapping[str, str] | None = None,
+    given: Collection[str] = (),
 ) -> tuple[Path, TrainConfig]:
     """The folder of the run, and its complete settings: of a new one, or of the one that goes on.
 
     Args:
         complete: fills in what a new run's settings leave out.
         flags: what the command calls those settings that it calls otherwise than `train`.
+        given: as for `run`.
 
     Raises:
         L2TError: the folder exists already, or there is none to resume, or it was made with other settings.
@@ -75,8 +84,8 @@ def open_run(
             raise L2TError(f"nothing was begun in {folder}: start it without --resume.")
     check_free(folder)
     saved = load_config(folder / "config.json")
-    check_same(config, saved, TrainConfig(), flags=flags)
-    return folder, updated(saved, config, TrainConfig())
+    check_same(config, saved, TrainConfig(), flags=flags, given=given)
+    return folder, updated(saved, config, TrainConfig(), given)
 
 
 def _check_new(folder: Path) -> None:
@@ -86,6 +95,8 @@ def _check_new(folder: Path) -> None:
 
 def train(folder: Path, config: TrainConfig, console: Console, resume: bool) -> None:
     """Trains, one after the other, what is not done yet; writes the table and the pictures.
+
+    A cell that fails, because its loss became infinite, does not keep the others from being trained.
 
     Raises:
         L2TError: as `run`; another process works in the folder.
@@ -103,16 +114,37 @@ def train(folder: Path, config: TrainConfig, console: Console, resume: bool) -> 
 def _train(folder: Path, config: TrainConfig, device: torch.device, console: Console) -> None:
     methods = config.method or ()
     save_config(config, folder / "config.json")
-    console.print(f"folder of the run: [bold]{folder}[/]", highlight=False, soft_wrap=True)
+    list_skipped(folder, config)
+    console.print(Text.assemble("folder of the run: ", (str(folder), "bold")), soft_wrap=True)
     sources, cells = column_tasks(folder, folder, config, methods, device)
     with Display(console) as display, StopSignal().listening(console) as stop:
         make_watch = functools.partial(TrainingWatch, display, stop)
-        tasks: list[Task] = [*sources, *cells]
-        for task in tasks:
-            make_folder(task.folder)
-            with alone(task.folder, lambda: stop.asked):
-                task.run(make_watch)
-    column = read_column(folder, config, {})
+        for source in sources:
+            with at_work(source, lambda: stop.asked):
+                source.run(make_watch)
+        found = [(cell, _failure(cell, make_watch, stop)) for cell in cells]
+    failed = [(cell, why) for cell, why in found if why is not None]
+    check_there(folder / "config.json")
+    problems: Problems = {}
+    for cell, why in failed:
+        problems.setdefault(cell.method, {})[str(cell.seed)] = why
+    column = read_column(folder, config, problems)
     for table in write_tables(folder, column.title, [column], methods):
         console.print(table)
-    console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True, markup=False)
+    if failed:
+        (cell, why), more = failed[0], len(failed) - 1
+        others = f" ({more} more failed: the table says why)" if more else ""
+        raise L2TError(f"{cell.method}, seed {cell.seed}: {why}{others}")
+
+
+def _failure(cell: CellTask, make_watch: MakeWatch, stop: StopSignal) -> str | None:
+    """Trains a cell, and says why it failed, if it did: it diverged, say. The others are trained all the same."""
+    try:
+        with at_work(cell, lambda: stop.asked):
+            cell.run(make_watch)
+    except MachineError:
+        raise
+    except L2TError as error:
+        return str(error)
+    return None

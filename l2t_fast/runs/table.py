@@ -16,9 +16,10 @@ from time import perf_counter
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from l2t_fast.errors import Interrupted, L2TError
-from l2t_fast.files import writing
+from l2t_fast.files import check_there, writing
 from l2t_fast.methods import find_method
 from l2t_fast.reports.column import Problems, read_column, read_problems
 from l2t_fast.reports.table import write_tables
@@ -33,11 +34,11 @@ from l2t_fast.runs.folder import (
     write_problems,
     write_settings,
 )
-from l2t_fast.runs.preflight import preflight
+from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, StopSignal
 from l2t_fast.runs.tasks import CellTask, SourceTask, column_tasks
 from l2t_fast.settings.columns import column_configs
-from l2t_fast.settings.defaults import check_least
+from l2t_fast.settings.defaults import check_flag
 from l2t_fast.settings.options import TableConfig, TrainConfig
 from l2t_fast.settings.stored import load_config, save_config
 
@@ -55,7 +56,7 @@ def run(config: TableConfig, console: Console) -> bool:
     """
     for flag, value in (("jobs", config.jobs), ("threads", config.threads)):
         if value is not None:
-            check_least(flag, value, 1)
+            check_flag(flag, value)
     folder, config = open_table(config)
     columns = column_configs(config)
     device = find_device(config.device)
@@ -70,8 +71,10 @@ def run(config: TableConfig, console: Console) -> bool:
         save_config(dataclasses.replace(config, threads=threads), folder / "table.json")
         for name, column in columns.items():
             write_settings(folder, column)
+            list_skipped(folder / name, column)
             write_problems(folder / name, column, problems[name])
-        console.print(f"folder of the table: [bold]{folder}[/]; {jobs} side by side", highlight=False, soft_wrap=True)
+        named = Text.assemble("folder of the table: ", (str(folder), "bold"), f"; {jobs} side by side")
+        console.print(named, soft_wrap=True)
         with Display(console) as display, StopSignal().listening(console) as stop:
             for source, why in workers.work_off([t for t in sources if not t.done], jobs, threads, display, stop):
                 raise L2TError(f"{source.title}: {why}")
@@ -85,6 +88,7 @@ def run(config: TableConfig, console: Console) -> bool:
             session = {"cells": len(waiting), "seconds": round(perf_counter() - start, 1), "jobs": jobs}
             for cell, why in failed:
                 problems[str(cell.config.name)].setdefault(cell.method, {})[str(cell.seed)] = why
+        check_there(folder / "table.json")
         for name, column in columns.items():
             write_problems(folder / name, column, problems[name])
         sessions = folder / "sessions.jsonl"
@@ -138,4 +142,4 @@ def _report(folder: Path, console: Console) -> None:
     title = columns[0].title if len(columns) == 1 else f"{folder.name}: accuracy on the test set (%)"
     for table in write_tables(folder, title, columns, methods):
         console.print(table)
-    console.print(f"table, numbers and pictures are in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"table, numbers and pictures are in {folder}", highlight=False, soft_wrap=True, markup=False)

@@ -34,6 +34,10 @@ class SourceTask:
     def done(self) -> bool:
         return (self.folder / "source.pt").exists()
 
+    @property
+    def config_file(self) -> Path:
+        return self.folder.parent / "config.json"
+
     def run(self, make_watch: MakeWatch) -> str:
         if not self.done:
             train_source(self.folder, self.config, self.index, torch.device(self.device), make_watch)
@@ -58,6 +62,10 @@ class CellTask:
     @property
     def done(self) -> bool:
         return (self.folder / "result.json").exists()
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder.parent.parent / "config.json"
 
     def run(self, make_watch: MakeWatch) -> str:
         if not self.done:

@@ -9,25 +9,28 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from l2t_fast.errors import Interrupted, L2TError
-from l2t_fast.files import make_folder, save_text
+from l2t_fast.files import check_there, make_folder, save_text
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch, loss_on_host
+from l2t_fast.signals import STOPS, held_back
 
 _TELL_EVERY = 0.2  # seconds between two messages on the iterations of one training
 _LINE_EVERY = 30.0  # seconds between two lines on one training, where there is no terminal
-_STOPS = {signal.SIGINT, signal.SIGTERM}
+_KILLED = -9  # what multiprocessing makes of SIGKILL
+_GRACE = 3.0  # seconds that a training has to save when the process that started it has ended
 _LOOK_EVERY = 0.5  # seconds after which the user's wish to stop is looked at
 
 
@@ -42,6 +45,10 @@ class Task(Protocol):
     def folder(self) -> Path:
         """Where it writes: one process at a time."""
 
+    @property
+    def config_file(self) -> Path:
+        """Its settings, which are there as long as the folder of the run is."""
+
     def run(self, make_watch: MakeWatch) -> str:
         """Trains, and says in a few words what came out; at once if it is done already."""
 
@@ -49,16 +56,32 @@ class Task(Protocol):
 AnyTask = TypeVar("AnyTask", bound=Task)
 
 
+@contextlib.contextmanager
+def at_work(task: Task, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Makes the folder of a task, in that of its run, and holds it alone.
+
+    Raises:
+        Interrupted, L2TError, MachineError: as `alone`; the folder of the run was removed.
+    """
+    check_there(task.config_file)
+    make_folder(task.folder)
+    with alone(task.folder, stopped):
+        yield
+
+
 def work_off(
     tasks: Sequence[AnyTask], jobs: int, threads: int, display: Display, stop: StopSignal
 ) -> list[tuple[AnyTask, str]]:
     """Runs all tasks, `jobs` at a time with `threads` CPU threads each; returns those that failed, and why.
+
+    One whose process is killed, as the system does when memory runs out, is tried once more, with one less at a time.
 
     Raises:
         Interrupted: the user asked to stop; the tasks under way have saved where they stand.
     """
     waiting: list[AnyTask] = list(tasks)
     failed: list[tuple[AnyTask, str]] = []
+    again: list[AnyTask] = []  # were killed once
     context = multiprocessing.get_context("spawn")
     asked = context.RawValue("b", 0)  # without a lock, which a process killed inside it would keep
     workers: list[_Worker[AnyTask]] = []
@@ -84,8 +107,19 @@ def work_off(
                     kind, arguments = worker.connection.recv()
                 except (EOFError, OSError):
                     worker.process.join()
-                    kind, arguments = "failed", (f"its process ended with code {worker.process.exitcode}",)
                     workers.remove(worker)
+                    kind, arguments = "failed", (_ended(worker.process.exitcode),)
+                    if worker.process.exitcode == _KILLED and worker.task not in again and not stop.asked:
+                        task, jobs = worker.finished(), max(1, jobs - 1)
+                        again.append(task)
+                        waiting.append(task)
+                        display.console.print(
+                            f"{task.title}: {arguments[0]}; it is tried once more, with {jobs} side by side",
+                            highlight=False,
+                            soft_wrap=True,
+                            markup=False,
+                        )
+                        continue
                 if kind == "broken":
                     workers.remove(worker)
                     kind = "failed"
@@ -99,7 +133,10 @@ def work_off(
                     failed.append((task, arguments[0]))
                 if kind != "stopped":
                     display.console.print(
-                        f"{task.title}: {arguments[0]} · {done} of {len(tasks)}", highlight=False, soft_wrap=True
+                        f"{task.title}: {arguments[0]} · {done} of {len(tasks)}",
+                        highlight=False,
+                        soft_wrap=True,
+                        markup=False,
                     )
     except KeyboardInterrupt:
         for worker in workers:
@@ -116,6 +153,15 @@ def work_off(
     return failed
 
 
+def _ended(code: int | None) -> str:
+    if code == _KILLED:
+        return (
+            "its process was killed, which the system usually does when memory runs out: give fewer --jobs, or a "
+            "smaller --batch-size"
+        )
+    return f"its process ended with code {code}"
+
+
 @dataclass
 class _Worker(Generic[AnyTask]):
     """One process, as its parent sees it."""
@@ -130,10 +176,8 @@ class _Worker(Generic[AnyTask]):
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, asked, os.getpid(), threads))
         # The parent says when to stop: what the terminal or a scheduler sends to all processes is not for this one.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS) if hasattr(signal, "pthread_sigmask") else None
-        process.start()
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with held_back():
+            process.start()
         theirs.close()
         return cls(process, ours)
 
@@ -159,8 +203,9 @@ class _Worker(Generic[AnyTask]):
 
 def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None:
     """The life of a worker: tasks, until the parent hangs up."""
-    for number in _STOPS:
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
 
     def stopped() -> bool:
@@ -172,8 +217,7 @@ def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None
         except (EOFError, OSError):
             return
         try:
-            make_folder(task.folder)
-            with alone(task.folder, stopped):
+            with at_work(task, stopped):
                 end = "finished", task.run(functools.partial(_RemoteWatch, connection, stopped))
         except Interrupted:
             end = "stopped", ""
@@ -192,6 +236,14 @@ def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None
         gc.collect()  # an engine and its graphs hold each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _end_with_parent() -> None:
+    """Ends this process a little after the one that started it, whatever it is doing."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        wait([parent.sentinel])
+    sleep(_GRACE)
+    os._exit(1)
 
 
 class _RemoteWatch:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import PureWindowsPath
 from typing import Any
 
+from l2t_fast.bounds import BOUNDS, allowed, check_number, shown, within
 from l2t_fast.choices import DATASETS, LARGE, METHODS, SMALL
 from l2t_fast.errors import L2TError
-from l2t_fast.settings.options import SourceConfig, TrainConfig
+from l2t_fast.settings.options import EngineOptions, SourceConfig, TrainConfig
 
 # What `train` does by itself. Small images: the authors' settings (ResNet32 -> VGG9-bn, batch 128); images of 224:
 # theirs for ResNet34 -> ResNet18. Digits: small networks, source classes 0-4, ten labelled images of each of 5-9.
@@ -88,12 +89,23 @@ def check(config: TrainConfig) -> None:
     """
     if config.name is not None:
         check_name(config.name)
-    check_least("epochs", config.optim.epochs, 1)
+    check_flag("epochs", config.optim.epochs)
     if config.source.source_epochs is not None:  # a source that is trained by `pretrain` has none
-        check_least("source-epochs", config.source.source_epochs, 1)
-    check_least("batch-size", config.optim.batch_size, 1)
+        check_flag("source-epochs", config.source.source_epochs, "epochs")
+    check_flag("batch-size", config.optim.batch_size)
     for seed in config.seeds or ():
-        check_least("seeds", seed, 0)
+        check_flag("seeds", seed, "seed")
+    for width in config.source.source_width or ():
+        check_flag("source-width", width, "width")
+    if config.target.target_width is not None:
+        check_flag("target-width", config.target.target_width, "width")
+    check_flag("workers", config.data.workers)
+    for flag, value in (("image-size", config.data.image_size), ("per-class", config.data.per_class)):
+        if value is not None:
+            check_flag(flag, value)
+    for option in dataclasses.fields(EngineOptions):
+        if option.name in BOUNDS:
+            check_number(option.name, getattr(config.optim, option.name))
     check_once("method", config.method or ())
     check_once("seeds", config.seeds or ())
     _check_methods(config.method or (), config.settings)
@@ -134,10 +146,16 @@ def _for_each_source(source: SourceConfig) -> SourceConfig:
     return dataclasses.replace(source, source_width=width)
 
 
-def check_least(flag: str, value: int | None, least: int) -> None:
-    """Raises L2TError where a value is missing, or less than `least`."""
+def check_flag(flag: str, value: float | None, name: str | None = None) -> None:
+    """Raises L2TError where a value is missing, or out of the bounds of `name`, by default the flag's own."""
+    name = name or flag.replace("-", "_")
+    if within(name, value):
+        return
+    least, most = BOUNDS[name]
     if value is None or value < least:
-        raise L2TError(f"--{flag} {value} is too small: give at least {least}.")
+        raise L2TError(f"--{flag} {shown(value)} is too small: give at least {least:g}.")
+    wrong = "too large" if value > most else "not to be had"
+    raise L2TError(f"--{flag} {shown(value)} is {wrong}: give {allowed(name)}.")
 
 
 def check_once(flag: str, values: Sequence[Any]) -> None:

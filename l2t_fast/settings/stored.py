@@ -4,13 +4,13 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
-from l2t_fast.settings.defaults import check, check_least, check_name
+from l2t_fast.settings.defaults import check, check_flag, check_name
 from l2t_fast.settings.options import TableConfig, TrainConfig
 
 # What may have changed when a run goes on: where the data lie, and what computes; and how it is called.
@@ -19,44 +19,50 @@ FREE = (*ANEW, "name", "runs", "resume")
 
 
 def check_same(
-    given: Any,
+    now: Any,
     saved: Any,
     default: Any,
     what: str = "the run",
     free: Sequence[str] = FREE,
     flags: Mapping[str, str] | None = None,
+    given: Collection[str] = (),
 ) -> None:
     """Raises L2TError where `what` goes on with other settings than its own; `free` ones may differ.
 
     Args:
-        default: what counts as not given.
+        default: what counts as not given, where it is not among the `given`, names of settings as the command has them.
         flags: what the command calls those settings that it calls otherwise.
     """
-    for f in dataclasses.fields(given):
-        ours, theirs, usual = getattr(given, f.name), getattr(saved, f.name), getattr(default, f.name)
+    for f in dataclasses.fields(now):
+        ours, theirs, usual = getattr(now, f.name), getattr(saved, f.name), getattr(default, f.name)
         if dataclasses.is_dataclass(ours):
-            check_same(ours, theirs, usual, what, free, flags)
-        elif f.name not in free and ours not in (usual, theirs):
+            check_same(ours, theirs, usual, what, free, flags, given)
+        elif f.name not in free and ours != theirs and (ours != usual or _called(f.name, flags) in given):
             flag = (flags or {}).get(f.name, f.name.replace("_", "-"))
             raise L2TError(
-                f"{what} was made with --{flag} {_shown(theirs)}, not {_shown(ours)}: give the same settings again, or "
+                f"{what} was made with --{flag} {shown(theirs)}, not {shown(ours)}: give the same settings again, or "
                 "another --name."
             )
 
 
-def updated(saved: Any, given: Any, default: Any) -> Any:
-    """`saved`, with what of `ANEW` is given; `default` counts as not given."""
+def _called(name: str, flags: Mapping[str, str] | None) -> str:
+    return (flags or {}).get(name, name)
+
+
+def updated(saved: Any, now: Any, default: Any, given: Collection[str] = ()) -> Any:
+    """`saved`, with what of `ANEW` is given; `default` counts as not given, where it is not among the `given`."""
     changes: dict[str, Any] = {}
     for f in dataclasses.fields(saved):
-        ours, theirs, usual = getattr(given, f.name), getattr(saved, f.name), getattr(default, f.name)
+        ours, theirs, usual = getattr(now, f.name), getattr(saved, f.name), getattr(default, f.name)
         if dataclasses.is_dataclass(theirs):
-            changes[f.name] = updated(theirs, ours, usual)
-        elif f.name in ANEW and ours != usual:
+            changes[f.name] = updated(theirs, ours, usual, given)
+        elif f.name in ANEW and (ours != usual or f.name in given):
             changes[f.name] = ours
     return dataclasses.replace(saved, **changes)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting as the command line has it."""
     return " ".join(map(str, value)) or "nothing" if isinstance(value, tuple) else str(value)
 
 
@@ -88,7 +94,8 @@ def load_table(path: Path) -> TableConfig:
     config: TableConfig = _load(TableConfig, path, "give a folder that `l2t-fast table` made")
     try:
         check_name("table" if config.name is None else config.name)
-        check_least("threads", config.threads or 1, 1)
+        if config.threads is not None:
+            check_flag("threads", config.threads)
     except L2TError as error:
         raise L2TError(f"{path}: {error}") from error
     return config

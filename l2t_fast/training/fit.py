@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from l2t_fast.data.images import ImageSet
 from l2t_fast.data.splits import Data
 from l2t_fast.engine.engine import Engine
-from l2t_fast.errors import Interrupted, L2TError
-from l2t_fast.files import load_checkpoint, make_folder, save_checkpoint
+from l2t_fast.errors import DamagedFileError, Interrupted, L2TError
+from l2t_fast.files import check_room, keep_as, load_checkpoint, make_folder, save_checkpoint
 from l2t_fast.learner.undisturbed import modes_kept
 from l2t_fast.training.log import Log
-from l2t_fast.training.state import State, check_finite, checkpoint_content, restore
+from l2t_fast.training.state import State, check_finite, checkpoint_content, restore, size_of
 from l2t_fast.training.watch import Watch
 
 _EVAL_BATCH = 250
@@ -40,27 +40,37 @@ class Schedule:
 
 
 def fit(
-    folder: Path, engine: Engine, network: nn.Module, data: Data, schedule: Schedule, watch: Watch
+    folder: Path,
+    engine: Engine,
+    network: nn.Module,
+    data: Data,
+    schedule: Schedule,
+    watch: Watch,
+    made: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Trains `engine`, whose learner's target is `network`, and returns accuracies on the test set.
 
     Goes on from folder/last.pt where there is one, bit by bit as if it had never stopped (on CUDA as far as cuDNN's
     kernels give the same bits again). Writes metrics.jsonl (a line an iteration, a line an epoch), and last.pt with
     best.pt, the weights that were best by validation: after the first epoch, after later ones when ten seconds have
-    passed since, at the end and when stopped.
+    passed since, at the end and when stopped. before.pt is the last.pt before it: from there the training goes on where
+    last.pt is damaged, and says so. `made` says what the training is made of: a checkpoint of another one is refused.
 
     Raises:
         Interrupted: `watch.stop_asked()`; all is saved.
         L2TError: a loss, a parameter or a buffer is not finite (says where; the last good checkpoint stays), a
             damaged or foreign checkpoint, too few images for a batch.
-        MachineError: the disk is full: what was saved before stays, and the training goes on from there.
+        MachineError: there is no room for the checkpoints; or the disk is full later: what was saved before stays, and
+            the training goes on from there.
     """
     make_folder(folder)
     batches = data.train.num_batches(schedule.batch_size)
     if batches == 0:
         raise L2TError(f"{len(data.train)} training images are too few: BatchNorm needs batches of two or more.")
-    last = folder / "last.pt"
-    state = restore(last, engine) if last.exists() else State()
+    last, before = folder / "last.pt", folder / "before.pt"
+    made = made or {}
+    check_room(folder, 3 * size_of(engine))  # last.pt and before.pt, and the next one or best.pt
+    state = _restored(last, before, engine, made, watch)
     if state.epoch or state.iteration:
         watch.resumed(state.epoch, state.iteration)
     log = Log(folder / "metrics.jsonl", (state.epoch, state.iteration), last, engine.learner.pairs)
@@ -74,7 +84,8 @@ def fit(
         if best:
             save_checkpoint(folder / "best.pt", {"weights": best, "epoch": state.best_epoch})
             best.clear()
-        save_checkpoint(last, checkpoint_content(engine, state))
+        keep_as(last, before)
+        save_checkpoint(last, checkpoint_content(engine, state, made))
         saved = perf_counter()
 
     start = perf_counter() - state.seconds
@@ -110,6 +121,20 @@ def fit(
     return {**result, "seconds": round(state.seconds, 3), "iterations": batches * schedule.epochs}
 
 
+def _restored(last: Path, before: Path, engine: Engine, made: Mapping[str, str], watch: Watch) -> State:
+    """Where last.pt has the training, or before.pt, if that is damaged; or the start."""
+    if not last.exists() and not before.exists():
+        return State()
+    try:
+        return restore(last, engine, made, watch)
+    except DamagedFileError:
+        if not before.exists():
+            raise
+        state = restore(before, engine, made, watch)
+        watch.say(f"{last} is {'damaged' if last.exists() else 'missing'}: going on from the checkpoint before it\n")
+        return state
+
+
 @torch.no_grad()
 def evaluate(network: nn.Module, images: ImageSet, stop_asked: Callable[[], bool] = lambda: False) -> float:
     """Accuracy of `network` in evaluation mode, a fraction of `images`.
@@ -133,8 +158,14 @@ def _test(folder: Path, network: nn.Module, data: Data, state: State, watch: Wat
     watch.evaluating("test")
     result = {"test_accuracy_last": evaluate(network, data.test, watch.stop_asked)}
     if state.best_epoch >= 0:
-        last = _weights(network)
-        network.load_state_dict(load_checkpoint(folder / "best.pt")["weights"])
+        last, best = _weights(network), load_checkpoint(folder / "best.pt")["weights"]
+        for name, tensor in best.items():
+            if not bool(tensor.isfinite().all()):
+                raise DamagedFileError(
+                    f"checkpoint {folder / 'best.pt'} is damaged ('{name}' is not finite): remove {folder}, to train "
+                    "that part anew."
+                )
+        network.load_state_dict(best)
         try:
             result["test_accuracy_best"] = evaluate(network, data.test, watch.stop_asked)
         finally:

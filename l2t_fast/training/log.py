@@ -14,6 +14,7 @@ from l2t_fast.files import save_text, writing
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NAMED = 3  # pairs that an error names
 _READ_EVERY = 50  # iterations whose metrics are read back at a time
 
 
@@ -141,12 +142,16 @@ class Log:
             whose = ""
             if name == "matching_loss":
                 terms = zip(self._pairs, row["pair_losses"], strict=True)
-                bad = ", ".join(str(tuple(pair)) for pair, loss in terms if not math.isfinite(loss))
-                whose = f" of pairs {bad} (source, m, n)"
+                bad = [str(tuple(pair)) for pair, loss in terms if not math.isfinite(loss)]
+                more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+                whose = f" of pairs {', '.join(bad[:_NAMED])}{more} (source, m, n)"
             raise L2TError(
                 f"{term}{whose} is {row[name]} at epoch {row['epoch']}, iteration {row['iteration']}: "
-                f"{what_is_kept(self._checkpoint)}; lower the learning rate or beta."
+                f"{what_is_kept(self._checkpoint)}; {ADVICE}."
             )
+
+
+ADVICE = "lower the learning rate or beta in a run of another --name"
 
 
 def what_is_kept(checkpoint: Path) -> str:

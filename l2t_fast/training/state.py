@@ -1,5 +1,6 @@
 """Where a training stands: what its checkpoint holds, and what may go into one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import torch
 
 from l2t_fast.engine.engine import Engine
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import DamagedFileError, L2TError
 from l2t_fast.files import load_checkpoint
 from l2t_fast.learner.generators import read_torch, set_torch
-from l2t_fast.training.log import what_is_kept
+from l2t_fast.training.log import ADVICE, what_is_kept
+from l2t_fast.training.watch import Watch
+
+HASHES = ("images", "source weights")  # of what a training is made of: what is compared by its checksum alone
 
 
 @dataclass
@@ -24,9 +28,22 @@ class State:
     seconds: float = 0.0
 
 
-def checkpoint_content(engine: Engine, state: State) -> dict[str, Any]:
-    """All that a training needs to go on, bit by bit."""
-    return {"engine": engine.state_dict(), "random": read_torch(_device(engine)), "state": vars(state)}
+def checkpoint_content(engine: Engine, state: State, made: Mapping[str, str]) -> dict[str, Any]:
+    """All that a training needs to go on, bit by bit; and what it is `made` of, which must be the same then."""
+    return {
+        "engine": engine.state_dict(),
+        "random": read_torch(_device(engine)),
+        "state": vars(state),
+        "made": dict(made),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def size_of(engine: Engine) -> int:
+    """Bytes of a checkpoint, about; Adam's moments are those of φ."""
+    state = engine.state_dict()
+    tensors = [t for group in ("theta", "momentum", "buffers", "phi", "phi", "phi") for t in state[group].values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def check_finite(engine: Engine, state: State, last: Path) -> None:
@@ -42,17 +59,33 @@ def check_finite(engine: Engine, state: State, last: Path) -> None:
         if not bool(tensor.isfinite().all()):
             raise L2TError(
                 f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "
-                f"{what_is_kept(last)}; lower the learning rate or beta."
+                f"{what_is_kept(last)}; {ADVICE}."
             )
 
 
-def restore(path: Path, engine: Engine) -> State:
+def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch) -> State:
     """Puts `engine` and the random generators where the checkpoint at `path` has them.
 
+    Args:
+        made: what this training is made of; checkpoints of older versions do not say what theirs was.
+        watch: gets a line where it goes on, but not to the bit.
+
     Raises:
-        L2TError: the file is damaged, or of another training.
+        DamagedFileError: the file is damaged, or holds what is not finite.
+        L2TError: it is of another training.
     """
     content = load_checkpoint(path)
+    for name, theirs in content.get("made", made).items():
+        if (ours := made.get(name, theirs)) != theirs:
+            told = f"other {name}" if name in HASHES else f"{name} {theirs}, not {ours}"
+            raise L2TError(f"checkpoint {path} was made with {told}: put that back, or give another --name.")
+    _check_loaded(path, content)
+    threads = torch.get_num_threads()
+    if _device(engine).type == "cpu" and content.get("threads", threads) != threads:
+        watch.say(
+            f"{path} was made with {content['threads']} CPU threads: with {threads} sums are taken in another order, "
+            "and the training does not go on to the bit\n"
+        )
     try:
         engine.load_state_dict(content["engine"])
         set_torch(content["random"], _device(engine))
@@ -61,6 +94,18 @@ def restore(path: Path, engine: Engine) -> State:
         raise L2TError(f"checkpoint {path}: {error}") from error
     except (KeyError, TypeError) as error:
         raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.") from error
+
+
+def _check_loaded(path: Path, content: dict[str, Any]) -> None:
+    """Raises DamagedFileError where a tensor of the engine is not finite: none was, when it was saved."""
+    groups = content.get("engine")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        for name, tensor in group.items() if isinstance(group, dict) else ():
+            if isinstance(tensor, torch.Tensor) and not bool(tensor.isfinite().all()):
+                raise DamagedFileError(
+                    f"checkpoint {path} is damaged ('{name}' is not finite): remove {path.parent}, to train that part "
+                    "anew."
+                )
 
 
 def _device(engine: Engine) -> torch.device:

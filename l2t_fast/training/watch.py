@@ -20,5 +20,8 @@ class Watch(Protocol):
     def epoch(self, row: dict[str, Any]) -> None:
         """One epoch is done; `row` is its line of metrics.jsonl."""
 
+    def say(self, text: str) -> None:
+        """A piece of text, as it comes."""
+
     def stop_asked(self) -> bool:
         """Whether to save and stop now."""

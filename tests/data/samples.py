@@ -45,6 +45,13 @@ def tensor_set(n: int, augment: bool, flip: bool = True, channels: int = 3) -> T
     return TensorSet(labels=torch.arange(n), augment=augment, images=images, flip=flip)
 
 
+def write_folder(root: Path, parts: tuple[str, ...] = ("train", "test"), classes: str = "ab", count: int = 4) -> None:
+    """An ImageFolder of images of 12 x 12, `count` a class."""
+    for i, path in enumerate(f"{part}/{c}/{j}.png" for part in parts for c in classes for j in range(count)):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(root / path)
+
+
 def write_cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray[Any, Any], list[int]]:
     """A miniature in the real layout, 40 training and 20 test images; returns the test images [N, 3, 32, 32]."""
     cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]

@@ -42,6 +42,11 @@ pytestmark = pytest.mark.core
             ({name: -1}, rf"{name}=-1 is not to be had")
             for name in ("lr", "momentum", "weight_decay", "meta_lr", "meta_weight_decay", "beta", "inner_steps")
         ),
+        ({"iterations": "many"}, r"iterations='many' is not to be had: give a whole number from 0"),
+        ({"lr": float("inf")}, r"lr=inf is not to be had: give a number from 0 to 1e\+06"),
+        ({"meta_lr": 1e9}, r"meta_lr=1000000000.0 is not to be had"),
+        ({"beta": float("nan")}, r"beta=nan is not to be had"),
+        ({"inner_steps": 2.0}, r"inner_steps=2.0 is not to be had: give a whole number"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -242,3 +247,23 @@ def test_a_buffer_reached_past_its_module_is_refused(other: str, written: bool) 
     learner = L2T(source_net((2, 2)), network, **options)
     with pytest.raises(L2TError, match=r"buffer '1.m' of the target is reached past its module"):
         Engine(learner)
+
+
+def test_images_of_another_size_or_depth_than_the_networks_take() -> None:
+    """The target's BatchNorm has already seen the small ones when its pooling cannot go on."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(4), nn.AdaptiveAvgPool2d(1)]
+    target = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, CLASSES))
+    engine = Engine(small_learner(target.double(), target_layers=["2"]))
+    engine.step(X, Y)
+    before = snapshot(engine)
+    for x, message in (
+        (X[:, :1], r"the images have 1 channels, those that the learner was made for 3: give \[B, 3, H, W\]"),
+        (torch.cat([X, X], 1), r"the images have 6 channels"),
+        (X[..., :3, :3], r"the target cannot run on images \[4, 3, 3, 3\]: .*too small"),
+    ):
+        for function in (engine.step, engine.meta_gradient):
+            with pytest.raises(L2TError, match=message):
+                function(x, Y)
+            assert_identical(snapshot(engine), before)
+    engine.step(torch.cat([X, X], -1), Y)

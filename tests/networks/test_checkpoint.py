@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,3 +137,45 @@ def test_namespaces_and_scripts_are_called_what_they_are(tmp_path: Path) -> None
     refuses(tmp_path / "file", "holds no weights but a Namespace; give a state dict")
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(tmp_path / "script"))
     refuses(tmp_path / "script", r"a TorchScript module, which would run code: save its state_dict\(\)")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, legacy: bool) -> None:
+    class Malicious:
+        def __reduce__(self) -> object:
+            return open, (str(tmp_path / "executed"), "w")
+
+    content = {"state_dict": {**weights(small()), "x": Malicious()}}
+    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(L2TError, match=r"x.pt holds a pickled object \(.*open\), which would run code"):
+        load_weights(small(), tmp_path / "x.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_tensors_larger_than_their_file_are_refused(tmp_path: Path) -> None:
+    """Twelve million classes in a few kilobytes: a view of one number."""
+    state = {**weights(small()), "fc.weight": torch.zeros(1, 1).expand(12_000_000, 64)}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(L2TError, match=r"'fc.weight' of .*x.pt is \[12000000, 64\], more than the file holds"):
+        checkpoint_classes(tmp_path / "x.pt", "resnet8")
+
+
+def test_packed_tensors_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.zeros(10_000, 64)}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "x.pt", "w", 8) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    with pytest.raises(L2TError, match=r"x.pt is not a checkpoint that PyTorch can read"):
+        load_weights(small(), tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_said_of_their_file(tmp_path: Path, value: float) -> None:
+    model = small()
+    before = weights(model)
+    state = {name: tensor.clone() for name, tensor in before.items()}
+    state["bn1.running_var"][0] = value
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(L2TError, match=r"x.pt is no good source: 'bn1.running_var' in it is not finite"):
+        load_weights(model, tmp_path / "x.pt")
+    assert same(weights(model), before)

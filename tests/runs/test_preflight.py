@@ -6,7 +6,7 @@ import pytest
 
 from l2t_fast.cli import main
 from l2t_fast.settings.stored import load_config
-from tests.data.samples import write_npz
+from tests.data.samples import write_folder, write_npz
 from tests.runs.commands import SMALL, refused, rows
 
 
@@ -40,6 +40,18 @@ def test_a_run_on_an_npz_file(tmp_path: Path) -> None:
     assert load_config(tmp_path / "run/config.json").data.image_size == 32
     (row,) = rows(tmp_path / "run")
     assert (row["method"], row["seeds"]) == ("scratch", "1")
+
+
+def test_images_that_are_skipped_are_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path / "images", count=4)
+    bad = tmp_path / "images/train/b/2.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    given = f"--dataset folder --data-root {tmp_path / 'images'} --image-size 32 --target-width 0.0625 --epochs 1"
+    given += f" --workers 0 --runs {tmp_path} --name run --method scratch"
+    assert "train/b/2.png is no readable image" in refused(capsys, *given.split(), command="train")
+    main(["train", *given.split(), "--on-bad-image", "skip"])
+    assert "folder: 1 images cannot be read and are left out; skipped-images.txt lists them" in capsys.readouterr().out
+    assert (tmp_path / "run/skipped-images.txt").read_text() == f"{bad}\n"
 
 
 def test_pretrain_says_its_own_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,12 @@ class Dies:
     folder: Path
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self.config_file = folder
+        folder.mkdir(exist_ok=True)
 
     def run(self, make_watch: Any) -> str:
+        with (self.folder / "tries").open("a") as file:
+            file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
         return "never"
 
@@ -47,7 +50,13 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     console = Console(file=(tmp_path / "out").open("w"))
     with Display(console) as display:
         failed = workers.work_off(tasks, 1, 1, display, StopSignal())
-    assert failed == [(tasks[0], "its process ended with code -9")]
+    assert [task for task, _ in failed] == [tasks[0]]
+    assert failed[0][1].startswith(
+        "its process was killed, which the system usually does when memory runs out: give fe"
+    )
+    assert (tmp_path / "a/tries").read_text() == "xx"  # once more, and not for ever
+    console.file.flush()
+    assert "is tried once more, with 1 side by side" in (tmp_path / "out").read_text()
     assert [(tmp_path / name / "runs").read_text() for name in "bc"] == ["1\n", "1\n"]
 
 
@@ -56,4 +65,4 @@ def test_stopping_leaves_the_rest_undone(tmp_path: Path) -> None:
     stop.asked = True
     with Display(Console(file=(tmp_path / "out").open("w"))) as display, pytest.raises(Interrupted):
         workers.work_off([Counts(tmp_path / "a")], 1, 1, display, stop)
-    assert not (tmp_path / "a").exists()
+    assert not list((tmp_path / "a").iterdir())

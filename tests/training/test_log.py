@@ -54,3 +54,13 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     for read in (lambda: read_metrics(tmp_path / "metrics.jsonl"), lambda: opened(tmp_path)):
         with pytest.raises(L2TError, match=r"metrics\.jsonl, line 2, is damaged"):
             read()
+
+
+def test_three_pairs_are_named(tmp_path: Path) -> None:
+    pairs = [(0, m, n) for m in range(4) for n in range(4)]
+    log = Log(tmp_path / "metrics.jsonl", (0, 0), tmp_path / "last.pt", pairs)
+    nan = torch.tensor(float("nan"))
+    log.add(0, 0, {"loss": torch.ones(()), "matching_loss": nan, "pair_losses": nan.expand(16)}, 0.1)
+    named = r"pairs \(0, 0, 0\), \(0, 0, 1\), \(0, 0, 2\) and 13 more \(source, m, n\) is nan"
+    with pytest.raises(L2TError, match=named):
+        log.flush()

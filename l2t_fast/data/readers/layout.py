@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import datasets
 
 from l2t_fast.errors import L2TError
 
@@ -30,6 +31,9 @@ class Labelled(NamedTuple):
 TrainTest = tuple[Labelled, Labelled | None]  # for training and for testing
 Listed = list[tuple[str, str]]  # class and path of each image, in any order
 LabelledFiles = tuple[Tensor, list[str]]  # int64 [N], and N paths
+
+_CONVERTED = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"))
+_BITS_PER_SAMPLE = 258  # a tag of TIFF: some have 12 bits in 16
 
 
 class DamagedError(Exception):
@@ -51,15 +55,66 @@ class Reader:
 
 
 def open_image(path: str) -> Image.Image:
-    """The image in a file as RGB, gray and palette images too.
+    """The image in a file as 8-bit RGB: gray, palette and CMYK images too, and those of 16 bits, scaled from 65535.
 
-    Raises L2TError when it cannot be read.
+    Raises L2TError when it cannot be read, has more than twice `Image.MAX_IMAGE_PIXELS` pixels, or has values whose
+    range nothing says (integers of 32 bits, floats).
     """
     try:
-        image: Image.Image = datasets.folder.default_loader(path)
-    except (OSError, SyntaxError, ValueError):  # SyntaxError: a broken PNG
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of half that many pixels, and of damaged metadata
+            image: Image.Image = Image.open(file)
+            found = f"{image.mode} ({image.format})"
+            image = _sixteen_bits(image) if _is_sixteen_bits(image) else image
+            if image.mode not in _CONVERTED:
+                raise L2TError(
+                    f"{path} has mode {found}, which is no image of 8 or 16 bits a channel; save it as one, or remove "
+                    "it."
+                )
+            return image.convert("RGBA").convert("RGB") if image.mode == "RGBa" else image.convert("RGB")
+    except L2TError:
+        raise
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise L2TError(f"{path} has more than {most:,} pixels, the most that is read; make it smaller.") from None
+    except MemoryError:
+        raise L2TError(f"{path} does not fit in memory; make it smaller.") from None
+    except Exception:  # on bytes of any origin the decoders may raise anything
         raise L2TError(f"{path} is no readable image; replace or remove it.") from None
-    return image
+
+
+def _is_sixteen_bits(image: Image.Image) -> bool:
+    """Whether its values go to 65535: some gray images of 16 bits Pillow opens as integers of 32."""
+    if image.mode == "I":
+        return image.format in ("PNG", "PPM")
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+    return image.mode.startswith("I;16") and tuple(bits) == (16,)
+
+
+def _sixteen_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.uint32)  # [H, W]
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def check_tree(folder: Path) -> None:
+    """Raises L2TError where the folder, or something in it, is neither a folder nor a file: links make images twice or
+    of another class, and reading a pipe never ends."""
+    if folder.is_symlink():
+        raise _link(folder)
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    raise _link(Path(entry.path))
+                if entry.is_dir():
+                    waiting.append(Path(entry.path))
+                elif not entry.is_file():
+                    raise L2TError(f"{entry.path} is neither a file nor a folder; remove it.")
+
+
+def _link(path: Path) -> L2TError:
+    return L2TError(f"{path} is a link to {os.readlink(path)}; put the files there instead.")
 
 
 def ordered(train: Listed, test: Listed, num_classes: int) -> tuple[LabelledFiles, LabelledFiles]:

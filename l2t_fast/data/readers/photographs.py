@@ -16,6 +16,7 @@ from l2t_fast.data.readers.layout import (
     Listed,
     Reader,
     TrainTest,
+    check_tree,
     first_line,
     lines,
     ordered,
@@ -50,6 +51,7 @@ def _files(lists: _Lists, folder: str, images: str, num_classes: int, root: Path
 
 
 def _in_folder(folder: Path) -> Listed:
+    check_tree(folder)
     found = datasets.ImageFolder(folder, allow_empty=True)
     return [(found.classes[label], path) for path, label in found.samples]
 
@@ -106,6 +108,8 @@ def image_folder(root: Path, _download: bool) -> TrainTest:
     """Any ImageFolder: train/CLASS/IMAGE, and the same under test/ or val/."""
     held_out = root / "test" if (root / "test").is_dir() else root / "val"
     try:
+        for part in (root / "train", held_out):
+            check_tree(part)
         train, test = datasets.ImageFolder(root / "train"), datasets.ImageFolder(held_out)
     except OSError as error:
         raise L2TError(

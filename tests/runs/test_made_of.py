@@ -1,0 +1,69 @@
+"""A run goes on with what it was made of, or says what differs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from l2t_fast.cli import main
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.options import OptimConfig, TrainConfig
+from l2t_fast.settings.stored import load_config, save_config
+from tests.runs.commands import SMALL, refused
+
+QUICK = [*SMALL[:-4], "--method", "scratch", "fm-single", "--seeds", "0", "--epochs", "1", "--source-epochs", "1"]
+
+
+def test_given_means_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it is what would be so by itself."""
+    (tmp_path / "run").mkdir()
+    save_config(resolve(TrainConfig(name="run", optim=OptimConfig(beta=0.1))), tmp_path / "run/config.json")
+    runs = ["--runs", str(tmp_path), "--name", "run", "--resume"]
+    for given in (["--beta", "0.5"], ["--beta=0.5"]):
+        error = refused(capsys, *runs, *given, command="train")
+        assert error.startswith("the run was made with --beta 0.1, not 0.5: give the same settings again")
+
+
+def test_checkpoints_are_bound_to_their_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--runs", str(tmp_path), "--name", "run", *QUICK])
+    run = tmp_path / "run"
+    resume = ["--runs", str(tmp_path), "--name", "run", "--resume"]
+
+    def undone(method: str) -> Path:
+        (run / method / "seed-0/result.json").unlink(missing_ok=True)
+        return run / method / "seed-0/last.pt"
+
+    # The checkpoint of another method, which fits: neither has meta-networks.
+    scratch = undone("scratch")
+    before = scratch.read_bytes()
+    shutil.copy(run / "fm-single/seed-0/last.pt", scratch)
+    error = refused(capsys, *resume, command="train")
+    assert f"checkpoint {scratch} was made with --method fm-single, not scratch" in error
+    scratch.write_bytes(before)
+
+    # Settings that were edited by hand.
+    config = json.loads((run / "config.json").read_text())
+    for part, name, value, told in (
+        ("optim", "lr", 0.5, "--lr 0.03, not 0.5"),
+        ("data", "per_class", 9, "--per-class 10, not 9"),
+    ):
+        edited = json.loads(json.dumps(config))
+        edited[part][name] = value
+        (run / "config.json").write_text(json.dumps(edited))
+        assert f"checkpoint {scratch} was made with {told}" in refused(capsys, *resume, command="train")
+    (run / "config.json").write_text(json.dumps(config))
+
+    # Another source.
+    fm = undone("fm-single")
+    source = run / "source/source.pt"
+    kept = source.read_bytes()
+    pretrain = f"pretrain --runs {tmp_path} --name other --network resnet8 --width 0.25 --epochs 1 --seed 7 --classes"
+    main([*pretrain.split(), *"01234"])
+    shutil.copy(tmp_path / "other/source.pt", source)
+    assert f"checkpoint {fm} was made with other source weights" in refused(capsys, *resume, command="train")
+    source.write_bytes(kept)
+
+    main(["train", *resume])
+    assert load_config(run / "config.json").optim.lr == 0.03
+    assert (run / "scratch/seed-0/result.json").exists()
