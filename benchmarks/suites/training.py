@@ -57,6 +57,9 @@ class _Stopwatch:
         if self.best >= self._accuracy and self.seconds is None:
             self.seconds = perf_counter() - self._start
 
+    def say(self, text: str) -> None:
+        raise AssertionError(f"a benchmark has nothing to be told of: {text}")
+
     def stop_asked(self) -> bool:
         return self.seconds is not None
 
