@@ -21,7 +21,7 @@ def is_dense(x: Tensor) -> bool:
 
 @functools.cache
 def device_properties(device: torch.device) -> tuple[str, int]:
-    """(architecture as `matching.blocks.CONFIGS` names it, multiprocessors)."""
+    """(architecture as `matching.blocks.BLOCKS` names it, multiprocessors)."""
     if device.type != "cuda":
         return "interpreter", 8
     properties = torch.cuda.get_device_properties(device)
@@ -32,7 +32,10 @@ def device_properties(device: torch.device) -> tuple[str, int]:
 
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], place: Tensor, warps: int, stages: int = 3
-) -> None:
-    """Launches `kernel` on the device of `place`. The default of enable_fp_fusion changes in Triton 3.10."""
+) -> Any:
+    """Launches `kernel` on the device of `place`, and says what Triton made of it.
+
+    The default of enable_fp_fusion changes in Triton 3.10.
+    """
     with torch.cuda.device_of(place):
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        return kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)

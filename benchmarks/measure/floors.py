@@ -55,11 +55,11 @@ def floor(work: Work, rates: dict[str, float], precision: str, ms: float) -> Row
 def matching(
     operator: str, batch: int, sources: Features, targets: Features, pairs: Sequence[tuple[int, int]], itemsize: int
 ) -> Work:
-    """Of a matching operator over `pairs` of (source layer, target layer); a and what has its shape are float32."""
+    """Of a matching operator over `pairs` of (source layer, target layer); all but features is float32."""
     features = batch * sum(map(math.prod, targets))
     projections = sum(sources[m][0] * (targets[n][0] + 1) for m, n in pairs)
     a = 4 * batch * sum(sources[m][0] for m, _ in pairs)
-    direction = itemsize * (features + projections)
+    direction = itemsize * features + 4 * projections
     inputs = direction + itemsize * batch * sum(map(math.prod, sources))
     moved = {
         "distances": inputs + a,

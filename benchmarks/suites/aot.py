@@ -4,9 +4,10 @@
     python -m benchmarks aot --quick    one small case with every kind of layer; what CI runs
 
 prints a row a kernel and keeps it in `benchmarks/results/aot.jsonl` (`--output`): registers, spills and shared memory
-as the assembler reports them, and the instructions that decide the speed. Ends with an error where a rule is broken:
-each kernel must compile, not run out of registers, stay within the architecture's shared memory, use its tensor cores
-for bf16 and tf32 (wgmma on Hopper), and read what is contiguous in channels 16 bytes at a time.
+as the assembler reports them, the programs that a multiprocessor holds by that, and the instructions that decide the
+speed. The inputs have the dtypes that an engine gives them. Ends with an error where a rule is broken: each kernel must
+compile, not run out of registers, stay within the architecture's shared memory, use its tensor cores for bf16 and tf32
+(wgmma on Hopper), round the operands of tf32, and read what is contiguous in channels 16 bytes at a time.
 """
 
 import argparse
@@ -38,13 +39,14 @@ from l2t_fast.kernels.matching import triton_launch
 from l2t_fast.kernels.sgd import triton_kernels as sgd
 from l2t_fast.kernels.sgd.rule import SGD
 
-# Target, bytes of shared memory that a program may have (CUDA programming guide; CDNA3 ISA), tensor-core instruction.
+# Target, KiB of shared memory of a multiprocessor (CUDA programming guide; CDNA3 ISA), tensor-core instruction.
 ARCHITECTURES = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024, "mma.sync"),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024, "wgmma.mma_async"),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024, "tcgen05.mma"),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
+    "sm_80": (GPUTarget("cuda", 80, 32), 164, "mma.sync"),
+    "sm_90": (GPUTarget("cuda", 90, 32), 228, "wgmma.mma_async"),
+    "sm_100": (GPUTarget("cuda", 100, 32), 228, "tcgen05.mma"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64, "v_mfma"),
 }
+RESERVED = 1024  # bytes of shared memory that CUDA keeps of each program
 ASIDE = 32  # bytes that the assembler may put aside for more threads at a time, while it has registers left
 ARITHMETIC = {"bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -71,6 +73,8 @@ class Binary:
     registers: int
     spills: int  # bytes of a thread's stack (NVIDIA), registers (AMD)
     shared: int  # bytes
+    resident: int  # programs that a multiprocessor holds at a time
+    unrounded: int  # operands of tf32 products that are cut off
     tensor: int  # tensor-core instructions
     wide: int  # 16-byte loads and asynchronous copies from global memory
     narrow: int  # loads of single 2-byte elements
@@ -78,7 +82,7 @@ class Binary:
 
     def broken_rules(self) -> list[str]:
         """What is wrong with it, one sentence each."""
-        _, shared, instruction = ARCHITECTURES[self.arch]
+        _, _, instruction = ARCHITECTURES[self.arch]
         channels_last = self.layout == "channels_last"
         products = self.kernel.startswith("difference") and self.arithmetic != "ieee"
         # SGD goes through parameters as they lie in memory, whatever the features' layout.
@@ -86,7 +90,8 @@ class Binary:
         tiles = channels_last and not small and (products or self.kernel.startswith(("norm", "max pool")))
         checks = {
             f"it spills {self.spills}": self.spills > (ASIDE if self.registers < 255 else 0),
-            f"it has {self.shared} bytes of shared memory, more than {shared}": self.shared > shared,
+            f"{self.shared} bytes of shared memory are too many": self.resident == 0,
+            f"it cuts {self.unrounded} operands": self.unrounded > 0,
             f"it has no {instruction}": self.tensor == 0 and products,
             "it has no 16-byte loads": self.wide == 0 and (flat or tiles),
             f"it has {self.narrow} narrow loads": self.narrow > 0 and tiles,
@@ -124,6 +129,7 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    # θ is float32, and so are the cotangents of its gradient.
     T = [empty(batch, *shape).to(memory_format=LAYOUTS[layout]) for shape in targets]
     S = [empty(batch, *shape).to(memory_format=LAYOUTS[layout]) for shape in sources]
     r = [empty(sources[m][0], targets[n][0], 1, 1, dtype=torch.float32) for m, n in pairs]
@@ -153,21 +159,21 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
         mock.patch.object(launch, "launch", record),
         mock.patch.object(launch, "device_properties", return_value=(arch, 132)),
     ):
-        triton_launch.matching_distances(T, S, r, bias, *indices)
-        triton_launch.matching_gradient(T, S, r, bias, a, *indices, True)
-        triton_launch.matching_gradient(T, S, r, bias, a, *indices, False)
-        triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, True)
-        triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, False)
         channel = empty(T[0].shape[1], dtype=torch.float32)
         batch_norm_triton.adjoint(T[0], channel, channel, T[0], T[0], *[channel] * 5, True)
-        if layout == "channels_last":  # ATen pools what is contiguous
+        if layout == "channels_last":  # what the matching operators make of any features; ATen pools what is contiguous
+            triton_launch.matching_distances(T, S, r, bias, *indices)
+            triton_launch.matching_gradient(T, S, r, bias, a, *indices, True)
+            triton_launch.matching_gradient(T, S, r, bias, a, *indices, False)
+            triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, True)
+            triton_launch.matching_adjoint(T, S, r, bias, a, T, r, bias, *indices, False)
             for geometry in POOLINGS:
                 _, places = max_pool_triton.forward(T[0], geometry)
                 max_pool_triton.backward(max_pool_triton.adjoint(T[0], places, geometry), T[0], places, geometry)
-        theta = [empty(64, 64, 3, 3, dtype=torch.float32)] * 8
-        lr = empty(dtype=torch.float64)
-        sgd.step(theta, theta, [p.to(dtype) for p in theta], lr, SGD())
-        sgd.adjoint(theta, theta, [dtype] * 8, lr, SGD())
+            theta = [empty(64, 64, 3, 3, dtype=torch.float32)] * 8
+            lr = empty(dtype=torch.float64)
+            sgd.step(theta, theta, [p.to(dtype) for p in theta], lr, SGD())
+            sgd.adjoint(theta, theta, [dtype] * 8, lr, SGD())
     return list(launched.values())
 
 
@@ -197,9 +203,45 @@ def compiled(kernel: Kernel, arch: str) -> Any:
 def binary(arch: str, case: str, arithmetic: str, layout: str, kernel: Kernel) -> Binary:
     """Compiles a kernel and reads its resources and instructions."""
     made = compiled(kernel, arch)
-    count = _amd if arch.startswith("gfx") else _nvidia
+    amd = arch.startswith("gfx")
     shared, instruction = made.metadata.shared, ARCHITECTURES[arch][2]
-    return Binary(arch, case, arithmetic, layout, kernel.name, shared=shared, **count(made.asm, instruction))
+    counts = (_amd if amd else _nvidia)(made.asm, instruction)
+    return Binary(
+        arch,
+        case,
+        arithmetic,
+        layout,
+        kernel.name,
+        shared=shared,
+        resident=resident(arch, counts["registers"], shared, made.metadata.num_warps),
+        unrounded=0 if amd else unrounded(made.asm["ttir"]),
+        **counts,
+    )
+
+
+def resident(arch: str, registers: int, shared: int, warps: int) -> int:
+    """Programs that a multiprocessor holds at a time."""
+    memory = ARCHITECTURES[arch][1] * 1024
+    if arch.startswith("gfx"):  # four SIMDs, of 512 registers a lane and eight wavefronts at most
+        fit = 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps
+        return min(fit, memory // max(shared, 1))
+    fit = min(64, 65536 // (-(-registers // 8) * 8 * 32)) // warps
+    return min(fit, 32, memory // (shared + RESERVED))
+
+
+def unrounded(ttir: str) -> int:
+    """Operands of TF32 products that come from elsewhere than the rounding, transposed or not."""
+    made: dict[str, tuple[str, str]] = {}  # value -> (operation, its first operand), as last defined
+    count = 0
+    for name, operation, operands in re.findall(r"(%\w+) = ([\w.]+) ([^\n]*)", ttir):
+        values = re.findall(r"%\w+", operands)
+        made[name] = operation, values[0] if values else ""
+        if operation == "tt.dot" and "inputPrecision = tf32" in operands:
+            for value in values[:2]:
+                while made.get(value, ("", ""))[0] == "tt.trans":
+                    value = made[value][1]
+                count += made.get(value, ("", ""))[0] != "tt.elementwise_inline_asm"
+    return count
 
 
 def _nvidia(asm: dict[str, Any], instruction: str) -> dict[str, int]:
@@ -264,8 +306,9 @@ def run(arguments: argparse.Namespace) -> int:
             broken += bool(rules)
             lines.append(json.dumps({**asdict(found), "triton": triton.__version__, "torch": torch.__version__}))
             print(
-                f"{found.arch:7}{found.case:9}{found.arithmetic:5}{found.layout:14}{found.kernel:32}"
+                f"{found.arch:7}{found.case:9}{found.arithmetic:5}{found.layout:14}{found.kernel:40}"
                 f"{found.registers:4} registers {found.spills:4} spilled {found.shared // 1024:4} KiB shared "
+                f"{found.resident:3} resident "
                 f"{found.tensor:4} tensor {found.wide:4} wide {found.narrow:4} narrow  {'; '.join(rules)}",
                 flush=True,
             )

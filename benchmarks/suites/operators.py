@@ -1,7 +1,8 @@
 """Times the matching operators, beside PyTorch's own ways to the same: benchmarks/contenders/operators.py.
 
 Every time stands behind a check against float64 of the very CUDA graph that is timed, and beside the time that memory
-and arithmetic need at least, at the rates measured in the same run.
+and arithmetic need at least, at the rates measured in the same run. Ends with an error where a Triton kernel has run
+out of registers.
 
     TRITON_INTERPRET=1 python -m benchmarks operators --device cpu --cases minute
 
@@ -15,6 +16,8 @@ import os
 from concurrent.futures import wait
 from functools import partial
 from time import perf_counter
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -31,11 +34,13 @@ from benchmarks.contenders.operators import (
     random_problem,
 )
 from benchmarks.measure import floors, timing
-from benchmarks.measure.capture import Ready, launches, own_stream, ready, size
+from benchmarks.measure.capture import Call, Ready, launches, own_stream, ready, size
 from benchmarks.measure.rates import DTYPES, device_rates, set_precision
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, add_row_arguments, append, begin, say, unavailable
 from benchmarks.shapes import MATCHING_SHAPES
+from benchmarks.suites.aot import ASIDE
+from l2t_fast.kernels import launch
 from l2t_fast.kernels.matching import aten
 
 COMPILED = ("gradient", "adjoint")
@@ -88,10 +93,25 @@ def operator_rows(
             },
             "memory_over_T": one.memory / size([problem.targets]) if device.type == "cuda" else None,
             "launches": launches(one.call) if device.type == "cuda" else None,
+            "spills": spills(one.call) if name == "triton" else None,
             "first_call_seconds": one.first_seconds,
             **telemetry,
         }
     return list(rows.values())
+
+
+def spills(call: Call) -> int:
+    """Bytes of a thread that a kernel of the call spills at most, by the rule of `aot`; 0 in the interpreter."""
+    kernels = []
+
+    def record(*arguments: Any, **options: Any) -> None:
+        kernels.append(launched(*arguments, **options))
+
+    launched = launch.launch
+    with mock.patch.object(launch, "launch", record):
+        call()
+    spilled = [(kernel.n_regs, 4 * kernel.n_spills) for kernel in kernels if hasattr(kernel, "n_spills")]
+    return max((size for registers, size in spilled if size > (ASIDE if registers < 255 else 0)), default=0)
 
 
 SHOWN = {  # of what is shown: title, field, format
@@ -112,7 +132,8 @@ def show(row: Row) -> None:
     if "unavailable" in row:
         return say(f"{title}: {row['unavailable']}")
     cells = ["-" if row.get(name) is None else format(row[name], form) for name, form in SHOWN.values()]
-    return say(title, [*cells, *([] if row["correct"] else ["inexact"])])
+    complaints = [*([] if row["correct"] else ["inexact"]), *([f"spills {row['spills']}"] if row["spills"] else [])]
+    return say(title, [*cells, *complaints])
 
 
 def add_operator_arguments(parser: argparse.ArgumentParser, cases: list[str]) -> None:
@@ -134,8 +155,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", dest="compile_seconds", action="store_const", const=0, help="no torch.compile")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """All cases, precisions, operators and implementations."""
+def run(arguments: argparse.Namespace) -> int:
+    """All cases, precisions, operators and implementations; whether a Triton kernel spills."""
     device = begin("operators", arguments)
     own_stream(device)
     start = perf_counter()
@@ -149,7 +170,7 @@ def run(arguments: argparse.Namespace) -> None:
             wait([pool.submit(compile_ahead, *job, device.index, None) for job in work])
         say(f"compiled the kernels in {perf_counter() - start:.0f} s")
     triton_runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    compile_left = arguments.compile_seconds
+    compile_left, spilled = arguments.compile_seconds, False
     say("", list(SHOWN))
     for case, precision, operator in work:
         if perf_counter() - start > arguments.limit:
@@ -164,6 +185,8 @@ def run(arguments: argparse.Namespace) -> None:
         for row in operator_rows(case, precision, operator, implementations, rates, arguments.rounds, device):
             if row["by"] == "compiled":
                 compile_left -= row.get("first_call_seconds", 0.0)
+            spilled |= bool(row.get("spills"))
             append(arguments.output, row)
             show(row)
         gc.collect()  # autograd's graphs
+    return spilled

@@ -11,6 +11,7 @@ with H = r u_T + u_r T + u_bias and k = 2/HW. The products with G and k a H are 
 Features are rows of channels: position ij = y W + x of sample b is row b HW + ij. WHOLE tiles lie within one sample,
 so that their terms are summed here; others are rows as they come, of layers so small that it does not matter.
 Sums are kept in DTYPE (fp32, or float64 for float64) and nothing is added atomically: two runs give the same bits.
+PRECISION of products in float32: "ieee", "tf32", or "rounded", which is tf32 of operands that are rounded here.
 """
 
 # mypy: ignore-errors
@@ -25,18 +26,27 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter's 
 
 @triton.jit
 def _rounded(x, PRECISION: tl.constexpr):
-    """x as TF32 products take it, rounded to nearest: Hopper's would cut it off."""
-    if PRECISION == "tf32" and not INTERPRETED:
-        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    """x as a factor of products.
+
+    NVIDIA's tensor cores cut a float32 down to TF32, which errs four times as much as rounding it to the nearest.
+    """
+    if PRECISION == "rounded":
+        if INTERPRETED:
+            bits = x.to(tl.int32, bitcast=True)
+            finite = (bits & 0x7F800000) != 0x7F800000
+            x = tl.where(finite, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
+        else:
+            x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     return x
 
 
 @triton.jit
 def _dot(x, y, total, PRECISION: tl.constexpr):
-    """total + x y."""
+    """total + x y, both made by `_rounded`."""
+    INPUT: tl.constexpr = "tf32" if PRECISION == "rounded" else PRECISION
     if INTERPRETED:
         x, y = x.to(total.dtype), y.to(total.dtype)
-    return tl.dot(x, y, total, input_precision=PRECISION, out_dtype=total.dtype)
+    return tl.dot(x, y, total, input_precision=INPUT, out_dtype=total.dtype)
 
 
 @triton.jit

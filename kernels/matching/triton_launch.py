@@ -177,7 +177,7 @@ def _differences(
             "ADJOINT": u is not None,
             "PRODUCTS": products,
             "SUMS": sums is not None,
-            "PRECISION": precision,
+            "PRECISION": _of_products(arch, precision),
             "ALIGN": math.gcd(16, *channels),
             "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         }
@@ -226,6 +226,11 @@ def _ceil(a: int, b: int) -> int:
 def _precision(dtype: torch.dtype) -> str:
     """Of a product in fp32, as for PyTorch's own: torch.set_float32_matmul_precision."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _of_products(arch: str, precision: str) -> str:
+    """PRECISION of the kernel: the rounding is NVIDIA's instruction; AMD's matrix cores take operands as they are."""
+    return "rounded" if precision == "tf32" and not arch.startswith("gfx") else precision
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

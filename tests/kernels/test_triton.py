@@ -1,96 +1,31 @@
 """The Triton operators against those in ATen: on a GPU, or in Triton's interpreter where there is none."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from triton.runtime import interpreter
 
 from benchmarks.shapes import MATCHING_SHAPES
 from l2t_fast.kernels import launch
 from l2t_fast.kernels.matching import aten, blocks, ops, triton_launch
 from tests.kernels.shared import MANY, SHAPES, SMALL_SHAPES, flat, random_inputs
+from tests.kernels.triton_shared import (
+    DEVICE,
+    INTERPRETED,
+    LAYOUTS,
+    assert_same,
+    check,
+    gradient_and_adjoint,
+    laid_out,
+    problem,
+)
 
 pytestmark = pytest.mark.core
-
-INTERPRETED = not torch.cuda.is_available()
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-EXACT = torch.float64 if INTERPRETED else torch.float32  # on a GPU float64 goes to ATen
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}[EXACT]  # of the largest element
-
-# The same numbers in other strides.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": Tensor.contiguous,
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "permuted": lambda x: x.mT.contiguous().mT,
-    "sliced": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
-    "sliced channels last": lambda x: LAYOUTS["channels last"](torch.cat([x, x], 3))[..., : x.shape[3]],
-}
-
-
-def problem(
-    shapes: tuple, batch: int = 3, seed: int = 0, features: torch.dtype = EXACT, parameters: torch.dtype | None = None
-) -> tuple[list, list]:
-    """(inputs, u): features of one dtype, all else of another; u = (u_T, u_r, u_bias) is a second draw of the same."""
-    dtypes = [features, features, *[parameters or features] * 3]
-
-    def draw(seed: int) -> list:
-        *lists, source_of, target_of = random_inputs(*shapes, batch, seed)
-        cast = [[x.to(DEVICE, dtype) for x in tensors] for tensors, dtype in zip(lists, dtypes, strict=True)]
-        return [*cast, source_of, target_of]
-
-    u_T, _, u_r, u_bias, *_ = draw(seed + 1000)
-    return draw(seed), [u_T, u_r, u_bias]
-
-
-def laid_out(inputs: list, targets: Sequence[str], sources: Sequence[str]) -> list:
-    """`inputs` with these layouts of the targets and of the sources in turn."""
-    T = [LAYOUTS[layout](t) for t, layout in zip(inputs[0], itertools.cycle(targets), strict=False)]
-    S = [LAYOUTS[layout](s) for s, layout in zip(inputs[1], itertools.cycle(sources), strict=False)]
-    return [T, S, *inputs[2:]]
-
-
-def gradient_and_adjoint(implementation: Any, inputs: list, u: list) -> tuple[Tensor, ...]:
-    """(E..., g_T..., g_r..., g_bias..., v_T..., v_r..., v_bias..., v_a...)."""
-    gradient = implementation.matching_gradient(*inputs, True)
-    return flat((*gradient, *implementation.matching_adjoint(*inputs[:5], *u, *inputs[5:], True)))
-
-
-def in_float64(inputs: list, u: list) -> tuple[Tensor, ...]:
-    return gradient_and_adjoint(aten, *tree_map_only(Tensor, Tensor.double, (inputs, u)))
-
-
-def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    assert len(ours) == len(theirs)
-    for x, y in zip(ours, theirs, strict=True):
-        assert x.shape == y.shape
-        largest = y.abs().max().item()
-        torch.testing.assert_close(x.double(), y.double(), rtol=TOLERANCE, atol=TOLERANCE * largest)
-
-
-def check(inputs: list, u: list) -> tuple[Tensor, ...]:
-    """Gradient and adjoint are ATen's, in the promised strides; returns them."""
-    ours = gradient_and_adjoint(triton_launch, inputs, u)
-    assert_same(ours, in_float64(inputs, u))
-    targets, _, projections, biases, a, *_ = inputs
-    g_T = [torch.empty_like(t) for t in targets]
-    others = [
-        [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs] for xs in (a, projections, biases)
-    ]
-    E, g_r, g_bias = others
-    promised = flat((E, g_T, g_r, g_bias, g_T, g_r, g_bias, E))
-    assert [x.stride() for x in ours] == [x.stride() for x in promised]
-    return ours
 
 
 @pytest.fixture
@@ -159,71 +94,6 @@ def test_small_blocks(small_blocks: None, launches: list[tuple[int, ...]]) -> No
     inputs, u = problem(shapes, batch=5)
     check(laid_out(inputs, ["contiguous", "channels last"], ["channels last", "contiguous"]), u)
     assert launches == ([(1, 1)] * 5 + [(2, 2)] * 5) * 2  # the largest layer last
-
-
-@st.composite
-def problems(draw: Any) -> tuple[list, list]:
-    """(inputs, u) of any shape and layout."""
-    side = st.integers(1, 9)
-    features = st.lists(st.tuples(st.integers(1, 40), side, side), min_size=1, max_size=3)
-    layouts = st.lists(st.sampled_from(list(LAYOUTS)), min_size=1, max_size=3)
-    sources, targets = draw(features), draw(features)
-    pair = st.tuples(st.integers(0, len(sources) - 1), st.integers(0, len(targets) - 1))
-    pairs = draw(st.lists(pair, min_size=1, max_size=4))
-    inputs, u = problem((sources, targets, pairs), batch=draw(st.integers(1, 5)))
-    return laid_out(inputs, draw(layouts), draw(layouts)), u
-
-
-# A GPU compiles the kernels anew for every example, and the interpreter is too slow to look for a smaller one.
-@settings(max_examples=25 if INTERPRETED else 5, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(problems())
-def test_any_shapes(drawn: tuple[list, list]) -> None:
-    check(*drawn)
-
-
-@pytest.fixture
-def rounding_of_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the interpreter is less exact than a GPU: it cuts float32 to bfloat16, and adds a column one by one."""
-    if not INTERPRETED:
-        return
-    convert = interpreter._convert_float
-
-    def rounded(x: np.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> np.ndarray:
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.tensor(x).bfloat16().view(torch.uint16).numpy()
-        return convert(x, source, target, mode)
-
-    def pairwise(self: Any, x: tl.tensor) -> tl.tensor:
-        rows = np.ascontiguousarray(np.moveaxis(x.handle.data, self.axis, -1))
-        return self.to_tensor(rows.sum(-1), x.dtype)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    monkeypatch.setattr(interpreter.ReduceOps, "sum", pairwise)
-
-
-@pytest.mark.parametrize(
-    ("features", "parameters"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
-    ids=["fp32", "bf16", "bf16 and fp32"],
-)
-def test_precision(features: torch.dtype, parameters: torch.dtype, rounding_of_hardware: None) -> None:
-    """The error of every output is at most 1.2 times ATen's in the same dtypes, or of float32 a few last bits.
-
-    Error: the difference to float64 on the same rounded inputs, as a Frobenius norm relative to the output's; the root
-    mean square of 6 draws.
-    """
-    shapes = [(12, 5, 5), (20, 3, 3)], [(24, 5, 5), (40, 3, 3)], [(0, 0), (1, 1)]
-    ours, atens = [], []
-    for seed in range(6):
-        inputs, u = problem(shapes, 4, seed, features, parameters)
-        exact = in_float64(inputs, u)
-        results = [gradient_and_adjoint(implementation, inputs, u) for implementation in (triton_launch, aten)]
-        assert [x.dtype for x in results[0]] == [x.dtype for x in results[1]]
-        for result, errors in zip(results, (ours, atens), strict=True):
-            errors.append([((x.double() - y).norm() / y.norm()).item() for x, y in zip(result, exact, strict=True)])
-    our, theirs = (torch.tensor(errors).square().mean(0).sqrt() for errors in (ours, atens))
-    rounding = 2**-22 if features == torch.float32 else 0.0  # of sums in another order
-    assert ((our <= 1.2 * theirs) | (our <= rounding)).all(), our / theirs
 
 
 MARGIN = 64  # elements; keeps the alignment

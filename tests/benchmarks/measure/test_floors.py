@@ -21,3 +21,18 @@ def test_floor_of_an_iteration_is_just_below_what_the_engine_computes(inner_step
 def test_shapes_of_the_operators_are_those_of_the_networks() -> None:
     assert CASES["tiny"].shapes() == MATCHING_SHAPES["tiny"]
     assert CASES["cifar"].shapes() == MATCHING_SHAPES["cifar"]
+
+
+def test_bytes_of_matching() -> None:
+    """Features in their dtype; r, bias and a, and what has their shapes, in float32."""
+    features, source, r_and_bias, a = 2 * 8 * 5 * 5, 2 * 6 * 3 * 3, 6 * 8 + 6, 2 * 6  # numbers
+    point = 2 * (features + source) + 4 * r_and_bias
+    direction = 2 * features + 4 * r_and_bias
+    expected = {
+        "distances": point + 4 * a,
+        "gradient": point + 4 * a + direction,
+        "first step": point + direction + 4 * a,
+        "adjoint": point + 4 * a + 2 * direction + 4 * a,
+    }
+    found = {name: floors.matching(name, 2, [(6, 3, 3)], [(8, 5, 5)], [(0, 0)], 2).bytes for name in floors.UNITS}
+    assert found == expected
