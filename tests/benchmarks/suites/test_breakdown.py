@@ -8,8 +8,7 @@ from benchmarks.suites.breakdown import family
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("position_kernel", "matching"),
-        ("reduction_kernel", "matching"),
+        ("difference_kernel", "matching"),
         ("sums_kernel", "normalisation"),
         ("coefficients_kernel", "normalisation"),
         ("combine_kernel", "normalisation"),
