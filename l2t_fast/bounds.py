@@ -12,7 +12,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "width": (1e-6, 16.0),
     "inner_steps": (0, 1000),
     "epochs": (1, 10**6),
-    "iterations": (0, 2**63 - 1),
     "batch_size": (1, 10**6),
     "seed": (0, 2**63 - 1),
     "image_size": (8, 2**14),

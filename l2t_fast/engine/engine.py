@@ -59,7 +59,6 @@ class Engine:
             parameters, and lay out convolutions as channels_last.
         memory: "save" keeps the activations of all simulated steps; "recompute" holds those of one step at a time,
             whatever T is, for one more forward and backward pass a step.
-        iterations: how many steps are expected; "auto" compiles only for many.
         say: gets what "auto" picks, the progress of compiling and fallbacks, as pieces of text; stderr by default.
 
     Attributes:
@@ -88,7 +87,6 @@ class Engine:
         mode: Mode = "auto",
         precision: Precision = "fp32",
         memory: Memory = "save",
-        iterations: int | None = None,
         say: Say = say_on_stderr,
     ) -> None:
         checks.check_settings(
@@ -104,15 +102,13 @@ class Engine:
             },
             nesterov,
         )
-        if iterations is not None:
-            check_number("iterations", iterations)
         if not any(p.requires_grad for p in learner.target.parameters()):
             raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
         parameter = next(p for p in learner.target.parameters() if p.requires_grad)
         self._device = parameter.device
         if precision != "fp32" and parameter.dtype != torch.float32:
             raise L2TError(f"precision='{precision}' needs float32 networks, not {parameter.dtype}: use 'fp32'.")
-        self.mode, self.why = choose_mode(mode, self._device, iterations)
+        self.mode, self.why = choose_mode(mode, self._device)
         if mode == "auto":
             say(f"l2t_fast: mode '{self.mode}', {self.why}\n")
         self.learner, self.beta, self.inner_steps = learner, beta, inner_steps

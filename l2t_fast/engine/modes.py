@@ -10,7 +10,6 @@ from l2t_fast.choices import Memory, Mode
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.hooks import hooks_of
 
-_COMPILE_FROM = 50_000  # iterations from which "auto" expects torch.compile to win back its minutes; a guess
 _HARMLESS_HOOKS = ("WeightNorm", "SpectralNorm")  # PyTorch's own, which only compute
 
 
@@ -21,8 +20,8 @@ class Draws(NamedTuple):
     device: bool
 
 
-def choose_mode(mode: Mode, device: torch.device, iterations: int | None) -> tuple[Mode, str]:
-    """(the mode, why).
+def choose_mode(mode: Mode, device: torch.device) -> tuple[Mode, str]:
+    """(the mode, why); "auto" picks what was measured to be the fastest (benchmarks/NOTES.md).
 
     Raises:
         L2TError: graphs without CUDA.
@@ -33,11 +32,7 @@ def choose_mode(mode: Mode, device: torch.device, iterations: int | None) -> tup
         return mode, "as asked for"
     if device.type != "cuda":
         return "eager", f"since on a {device.type} compiling takes minutes and brings nothing"
-    if iterations is not None and iterations >= _COMPILE_FROM:
-        return "compile", f"since {iterations} iterations are worth minutes of compiling"
-    return "graph", "since replaying needs no compiling" + (
-        f", which {iterations} iterations would not win back" if iterations is not None else ""
-    )
+    return "graph", "since replaying is fast and needs no compiling"
 
 
 def check_capture(networks: Sequence[nn.Module], draws: Draws | None, memory: Memory) -> None:

@@ -153,10 +153,10 @@ def method_config(config: TrainConfig, name: str) -> TrainConfig:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **options))
 
 
-def make_engine(config: TrainConfig, learner: L2T, iterations: int, say: Say) -> Engine:
+def make_engine(config: TrainConfig, learner: L2T, say: Say) -> Engine:
     """The engine that the settings ask for."""
     options = {f.name: getattr(config.optim, f.name) for f in dataclasses.fields(EngineOptions)}
-    return Engine(learner, **options, iterations=iterations, say=say)
+    return Engine(learner, **options, say=say)
 
 
 def check_data(engine: Engine, config: TrainConfig, data: Data) -> None:

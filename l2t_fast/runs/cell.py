@@ -96,7 +96,7 @@ def _fit(
     batches = data.train.num_batches(optim.batch_size)
     watch = make_watch(title, epochs, batches)
     schedule = Schedule(epochs, optim.batch_size, optim.lr, seed)
-    engine = make_engine(config, learner, epochs * batches, watch.say)
+    engine = make_engine(config, learner, watch.say)
     made = {**what, "seed": str(seed), **inputs(learner.sources, data)}
     result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch, made)
     watch.done(result["test_accuracy_last"])

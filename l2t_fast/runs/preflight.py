@@ -57,7 +57,7 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
     for method in config.method or ():
         try:
             _, learner, start = make_learner(config, method, seed, sources, data, torch.device("cpu"))
-            engine = make_engine(method_config(eager, method), learner, 0, lambda text: None)
+            engine = make_engine(method_config(eager, method), learner, lambda text: None)
         except UnfitError as error:
             unfit[method] = error
             continue

@@ -167,18 +167,9 @@ def test_auto_falls_back_from_compiling_with_one_line(monkeypatch: pytest.Monkey
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(
-    ("device", "iterations", "mode"),
-    [
-        ("cpu", None, "eager"),
-        ("cpu", 10**6, "eager"),
-        ("cuda", None, "graph"),
-        ("cuda", 1000, "graph"),
-        ("cuda", 10**6, "compile"),
-    ],
-)
-def test_auto(device: str, iterations: int | None, mode: str) -> None:
-    assert choose_mode("auto", torch.device(device), iterations)[0] == mode
+@pytest.mark.parametrize(("device", "mode"), [("cpu", "eager"), ("cuda", "graph")])
+def test_auto(device: str, mode: str) -> None:
+    assert choose_mode("auto", torch.device(device))[0] == mode
 
 
 def test_what_auto_picked_is_said() -> None:
