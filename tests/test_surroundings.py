@@ -65,6 +65,12 @@ def test_a_run_and_what_it_learned(
     assert "±" in (tmp_path / "[bold]/[red]x/table.md").read_text(encoding="utf-8")
 
 
+def heard() -> None:
+    """Whoever runs the tests may ignore SIGHUP (nohup), which a process has from its parent."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def started(tmp_path: Path, *arguments: str) -> tuple[subprocess.Popen[str], Path]:
     """A training that goes on for long and has saved once, in a group of its own; and its checkpoint."""
     command = [*COMMAND, "train", "--runs", str(tmp_path), "--method", "scratch", *QUICK, "100000", *arguments]
@@ -75,6 +81,7 @@ def started(tmp_path: Path, *arguments: str) -> tuple[subprocess.Popen[str], Pat
         stderr=subprocess.PIPE,
         text=True,
         env=surroundings(),
+        preexec_fn=heard,
     )
     last = tmp_path / "[red]x/scratch/seed-0/last.pt"
     deadline = time.monotonic() + 120
