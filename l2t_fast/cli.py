@@ -1,7 +1,7 @@
 """The command line `l2t-fast`.
 
-Exit codes: 0 done; 2 bad input, or a training that failed; 3 the machine would not, as with a full disk; 130 stopped
-and saved.
+Exit codes: 0 done; 2 bad input, or a training that failed; 3 the machine would not, as with a full disk; stopped and
+saved 130 (Ctrl-C, a closed pipe), 143 (SIGTERM) or 129 (SIGHUP).
 """
 
 import codecs
@@ -21,6 +21,7 @@ from rich.console import Console
 from l2t_fast.environment import be_patient
 from l2t_fast.errors import Interrupted, L2TError, OutputClosed
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
+from l2t_fast.signals import exit_code
 
 # The names of the options on the command line: given means given, also where it is what would be so by itself.
 _GIVEN: ContextVar[frozenset[str]] = ContextVar("_GIVEN", default=frozenset())
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             highlight=False,
             soft_wrap=True,
         )
-        sys.exit(130)
+        sys.exit(exit_code())
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped at once: what was saved before is there", highlight=False)
         sys.exit(130)

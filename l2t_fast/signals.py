@@ -8,6 +8,20 @@ from contextlib import contextmanager
 STOPS = {number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None}
 
 
+_asked = int(signal.SIGINT)
+
+
+def note(number: int) -> None:
+    """The signal that asked to stop."""
+    global _asked
+    _asked = number
+
+
+def exit_code() -> int:
+    """Of a program that was asked to stop and did, as shells count: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    return 128 + _asked
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """What asks to stop comes afterwards; processes that are started here begin without hearing it."""

@@ -99,7 +99,7 @@ def test_a_group_with_image_workers_saves(tmp_path: Path, number: int) -> None:
     before = last.stat().st_mtime_ns
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    assert process.returncode == 128 + number, error
     assert "stopped and saved" in error
     assert "Traceback" not in error
     assert last.stat().st_mtime_ns > before

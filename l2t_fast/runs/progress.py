@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from l2t_fast.errors import Interrupted
-from l2t_fast.signals import STOPS
+from l2t_fast.signals import STOPS, note
 from l2t_fast.training.watch import Watch
 
 _LINE_EVERY = 5.0  # seconds between two lines where there is no terminal
@@ -187,6 +187,7 @@ class StopSignal:
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
+            note(number)
             try:
                 console.print("stopping: the iteration under way is finished and saved (Ctrl-C again stops at once)")
             except (OSError, Interrupted):  # the terminal is gone: nobody reads what is printed from here on
