@@ -34,16 +34,16 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
 
 
 def speedups(rows: Sequence[Row]) -> Any:
-    """A bar for each contender that has a speedup, with the spread of its turns."""
-    baselines = ("reference", "eager", "plain")
+    """A bar for each speedup of a contender, with the spread of its turns."""
+    baselines = ("reference", "official", "official_tf32", "eager", "plain")
     bars = []
     for row in rows:
-        over = next((name for name in baselines if f"speedup_over_{name}" in row), None)
+        overs = [name for name in baselines if f"speedup_over_{name}" in row and row["by"] != name]
         what = {"iteration": "iteration", "meta-gradient": "meta-gradient"}.get(row["kind"])
         what = what or row.get("operator") or row.get("part")
-        if over and row["by"] != over and row.get("inner_steps", 2) == 2:
+        if row.get("inner_steps", 2) == 2:
             batch = f", batch {row['batch']}" if "batch" in row else ""
-            bars.append((f"{row['case']}{batch}: {what}, {contender_name(row)}", over, row))
+            bars += [(f"{row['case']}{batch}: {what}, {contender_name(row)}", over, row) for over in overs]
     if not bars:
         return None
     colours = dict(zip(baselines, plt.get_cmap("tab10").colors, strict=False))
@@ -53,7 +53,7 @@ def speedups(rows: Sequence[Row]) -> Any:
         axes.barh(i, middle, color=colours[over], xerr=[[middle - low], [high - middle]], ecolor="0.3", height=0.7)
         axes.text(max(middle, high), i, f"  {middle:.2f}", va="center", fontsize=8)
     for over in dict.fromkeys(over for _, over, _ in bars):
-        axes.barh(0, 0, color=colours[over], label=f"over {over}")
+        axes.barh(0, 0, color=colours[over], label=f"over {over.replace('_', ' ')}")
     axes.axvline(1, color="0.3", linewidth=1)
     axes.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=8)
     axes.invert_yaxis()
