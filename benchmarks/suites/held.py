@@ -13,43 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.cases import CASES
 from benchmarks.rows import Row, add_row_arguments, begin, say, write
-from benchmarks.suites.training import learner
+from benchmarks.suites.training import Counter, learner, loaded
 from l2t_fast import Engine
 from l2t_fast.data.options import DataConfig
-from l2t_fast.data.splits import Data, load_data
 from l2t_fast.training.fit import Schedule, fit
 
 BATCH = 20
 
 
-class _Sampler:
-    """Watches a training, and notes what the process holds after each epoch."""
+class _Sampler(Counter):
+    """Notes what the process holds after each epoch."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.rows: list[Row] = []
-        self._iterations = 0
-
-    def resumed(self, epoch: int, iteration: int) -> None:
-        raise AssertionError("a benchmark begins anew")
-
-    def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None:
-        self._iterations += 1
-
-    def evaluating(self, part: str) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        raise AssertionError(f"a benchmark has nothing to be told of: {text}")
 
     def epoch(self, row: dict[str, Any]) -> None:
-        self.rows.append({"kind": "held", "epoch": row["epoch"], "iterations": self._iterations, **held()})
-
-    def stop_asked(self) -> bool:
-        return False
+        self.rows.append({"kind": "held", "epoch": row["epoch"], "iterations": self.iterations, **held()})
 
 
 def held() -> Row:
@@ -62,9 +45,7 @@ def held() -> Row:
 def held_rows(epochs: int, per_class: int | None, device: torch.device) -> Iterator[Row]:
     """A row an epoch."""
     case = replace(CASES["tiny"], batch=BATCH, target_width=0.0625)
-    data = load_data(DataConfig("digits", classes=(5, 6, 7, 8, 9), per_class=per_class), 0)
-    parts = {part: getattr(data, part).to(device) for part in ("train", "val", "test")}
-    data = Data(**parts, num_classes=data.num_classes, image_shape=data.image_shape)
+    data = loaded(DataConfig("digits", classes=(5, 6, 7, 8, 9), per_class=per_class), device)
     target, made = learner("l2t-ww", case, data, None, device)
     engine = Engine(made, lr=0.01, meta_lr=1e-3, inner_steps=1, mode="eager")
     sampler = _Sampler()

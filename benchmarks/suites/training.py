@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -34,14 +35,11 @@ from l2t_fast.networks.weights import checkpoint_classes, load_weights
 from l2t_fast.training.fit import Schedule, fit
 
 
-class _Stopwatch:
-    """Watches a training; stops it where validation reaches `accuracy`."""
+class Counter:
+    """Watches a training that begins anew, and counts its iterations."""
 
-    def __init__(self, accuracy: float) -> None:
-        self._accuracy, self._start = accuracy, perf_counter()
-        self.seconds: float | None = None  # until then
+    def __init__(self) -> None:
         self.iterations = 0
-        self.best = 0.0
 
     def resumed(self, epoch: int, iteration: int) -> None:
         raise AssertionError("a benchmark begins anew")
@@ -53,15 +51,37 @@ class _Stopwatch:
         pass
 
     def epoch(self, row: dict[str, Any]) -> None:
-        self.best = max(self.best, row.get("val_accuracy", 0.0))
-        if self.best >= self._accuracy and self.seconds is None:
-            self.seconds = perf_counter() - self._start
+        pass
 
     def say(self, text: str) -> None:
         raise AssertionError(f"a benchmark has nothing to be told of: {text}")
 
     def stop_asked(self) -> bool:
+        return False
+
+
+class _Stopwatch(Counter):
+    """Stops a training where validation reaches `accuracy`."""
+
+    def __init__(self, accuracy: float) -> None:
+        super().__init__()
+        self._accuracy, self._start = accuracy, perf_counter()
+        self.seconds: float | None = None  # until then
+        self.best = 0.0
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        self.best = max(self.best, row.get("val_accuracy", 0.0))
+        if self.best >= self._accuracy and self.seconds is None:
+            self.seconds = perf_counter() - self._start
+
+    def stop_asked(self) -> bool:
         return self.seconds is not None
+
+
+def loaded(config: DataConfig, device: torch.device) -> Data:
+    """The images of seed 0, on the device."""
+    data = load_data(config, 0)
+    return replace(data, **{part: getattr(data, part).to(device) for part in ("train", "val", "test")})
 
 
 def learner(method: str, case: Case, data: Data, weights: Path | None, device: torch.device) -> tuple[nn.Module, L2T]:
@@ -99,9 +119,7 @@ def train(
     accuracy: float = 2.0,
 ) -> Row:
     """Runs one training; with `accuracy` at most 1, until validation reaches it."""
-    data = load_data(config, 0)
-    parts = {part: getattr(data, part).to(device) for part in ("train", "val", "test")}
-    data = Data(**parts, num_classes=data.num_classes, image_shape=data.image_shape)
+    data = loaded(config, device)
     target, made = learner(method, case, data, weights, device)
     engine = Engine(made, lr=0.03, meta_lr=1e-3, inner_steps=case.inner_steps, mode=mode)
     row: Row = {"case": case.name, "batch": case.batch, "by": method, "mode": mode, "precision": "fp32"}

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -145,7 +146,7 @@ def _differences(
     for part in _slices(B, layer.area * width * dtype.itemsize if products else 0):
         samples = part.stop - part.start
         rows = samples * layer.area
-        tiles = samples * _ceil(layer.area, chosen.positions) if whole else _ceil(rows, chosen.positions)
+        tiles = samples * triton.cdiv(layer.area, chosen.positions) if whole else triton.cdiv(rows, chosen.positions)
         # What is not asked for is not written either: any pointer will do.
         G = T.new_empty((rows, width)) if products else T
         position_sums = T.new_empty((tiles, layer.K), dtype=summed) if products else point.bias
@@ -191,8 +192,8 @@ def _differences(
 
 def _slices(batch: int, bytes_of_a_sample: int) -> Iterator[slice]:
     """Of equal length, of `SLICE` bytes at most where one sample takes no more."""
-    parts = _ceil(batch, max(1, SLICE // max(1, bytes_of_a_sample)))
-    length = _ceil(batch, parts)
+    parts = triton.cdiv(batch, max(1, SLICE // max(1, bytes_of_a_sample)))
+    length = triton.cdiv(batch, parts)
     for start in range(0, batch, length):
         yield slice(start, min(start + length, batch))
 
@@ -215,12 +216,8 @@ def _table(shapes: tuple[tuple[int, int, int], ...], block: int, device: torch.d
 def _block(channels: Sequence[int], most: int) -> int:
     """BS: the largest power of two that pads the source channels by less than a fourth."""
     candidates = [most >> i for i in range(most.bit_length()) if most >> i >= 16]
-    padded = {block: sum(_ceil(C_s, block) * block for C_s in channels) for block in candidates}
+    padded = {block: sum(triton.cdiv(C_s, block) * block for C_s in channels) for block in candidates}
     return next((block for block in candidates if padded[block] < 1.25 * sum(channels)), candidates[-1])
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ class Draws(NamedTuple):
 
 
 def choose_mode(mode: Mode, device: torch.device) -> tuple[Mode, str]:
-    """(the mode, why); "auto" picks what was measured to be the fastest (benchmarks/NOTES.md).
+    """(the mode, why); "auto" picks what was measured (benchmarks/NOTES.md), which compiling on a GPU was not.
 
     Raises:
         L2TError: graphs without CUDA.

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_FLOOR = (
-    1e-6  # of the largest norm: a gradient that is zero but for rounding (of a bias before a BatchNorm) has no digits
-)
+# Of the largest norm: a gradient that is zero but for rounding (of a bias before a BatchNorm) has no digits.
+_FLOOR = 1e-6
 
 
 def unordered(tensors: Sequence[Tensor]) -> bool:
