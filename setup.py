@@ -4,7 +4,17 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DIGITS = ["scikit-learn>=1.4"]
+EXTRAS = {
+    "digits": ["scikit-learn>=1.4"],
+    "timm": ["timm>=1.0"],
+    "lightning": ["lightning>=2.4"],
+    "accelerate": ["accelerate>=1.0"],
+    "tensorboard": ["tensorboard>=2.17"],
+    "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
+    "ray": ["ray>=2.40"],
+    "submitit": ["submitit>=1.5"],
+}
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 KERNELS = ["l2t_fast.kernels", *(f"l2t_fast.kernels.{name}" for name in find_packages("kernels"))]
 
 setup(
@@ -31,16 +41,19 @@ setup(
         "tyro>=0.9",
     ],
     extras_require={
-        "digits": DIGITS,
+        **EXTRAS,
+        "docs": DOCS,
         "dev": [
-            *DIGITS,
+            *(requirement for extra in EXTRAS.values() for requirement in extra),
+            *DOCS,
             "hypothesis>=6.100",
             "mypy>=1.13",
+            "playwright>=1.48",
             "pre-commit>=4.0",
             "pytest>=8.2",
             "pytest-benchmark>=5.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.8",
-            "timm>=1.0",
         ],
     },
     entry_points={"console_scripts": ["l2t-fast = l2t_fast.cli:main"]},
