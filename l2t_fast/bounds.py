@@ -11,6 +11,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "beta": (0.0, 1e39),  # the size of a loss is anything
     "width": (1e-6, 16.0),
     "inner_steps": (0, 1000),
+    "accumulate": (1, 1000),
     "epochs": (1, 10**6),
     "batch_size": (1, 10**6),
     "seed": (0, 2**63 - 1),

@@ -24,6 +24,10 @@ class MachineError(L2TError):
     status = 3
 
 
+class RankError(MachineError):
+    """Another process of the same training has failed or ended."""
+
+
 class Interrupted(Exception):
     """Raised where the user asked to stop; everything is saved."""
 

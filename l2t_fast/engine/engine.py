@@ -1,7 +1,8 @@
 """The engine: runs iterations on a learner, launch by launch, captured or compiled."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -17,14 +18,17 @@ from l2t_fast.engine.iteration import Iteration
 from l2t_fast.engine.modes import Draws, check_capture, choose_mode
 from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible
 from l2t_fast.engine.second_order import SecondOrder, examine
+from l2t_fast.engine.shards import Shards
 from l2t_fast.engine.state import Trained, check_fits
 from l2t_fast.errors import L2TError
+from l2t_fast.kernels.layers.sync_batch_norm import synchronised
 from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.attributes import settings_of
 from l2t_fast.learner.generators import Generators, device_drew, generators_kept, host_drew, read_generators
 from l2t_fast.learner.hooks import sweeping
 from l2t_fast.learner.learner import L2T
 from l2t_fast.learner.reach import check_reach
+from l2t_fast.ranks import Group, together
 
 
 def say_on_stderr(text: str) -> None:
@@ -59,6 +63,11 @@ class Engine:
             parameters, and lay out convolutions as channels_last.
         memory: "save" keeps the activations of all simulated steps; "recompute" holds those of one step at a time,
             whatever T is, for one more forward and backward pass a step.
+        accumulate: K, micro-batches that each batch is divided into; their gradients are averaged inside the
+            simulation. It holds the activations of one at a time, as "recompute" does; BatchNorm sees one at a time.
+        group: a torch.distributed process group, on all of whose ranks the same engine is made and called: each `step`
+            gets this rank's part of the batch, and all do the iteration of the joined batch. All take rank 0's
+            parameters and buffers when the engine is made (docs/many-devices.md).
         say: gets what "auto" picks, the progress of compiling and fallbacks, as pieces of text; stderr by default.
 
     Attributes:
@@ -68,7 +77,8 @@ class Engine:
 
     Raises:
         L2TError: a setting out of range, a mode or a precision that is not to be had here, a target without a trainable
-            parameter. UnfitError: a target that cannot be differentiated twice, where there are meta-parameters.
+            parameter, ranks that differ. UnfitError: a target that cannot be differentiated twice, where there are
+            meta-parameters.
     """
 
     def __init__(
@@ -87,21 +97,14 @@ class Engine:
         mode: Mode = "auto",
         precision: Precision = "fp32",
         memory: Memory = "save",
+        accumulate: int = 1,
+        group: Group = None,
         say: Say = say_on_stderr,
     ) -> None:
-        checks.check_settings(
-            {"scheme": scheme, "mode": mode, "precision": precision, "memory": memory},
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "meta_lr": meta_lr,
-                "meta_weight_decay": meta_weight_decay,
-                "beta": beta,
-                "inner_steps": inner_steps,
-            },
-            nesterov,
-        )
+        words = {"scheme": scheme, "mode": mode, "precision": precision, "memory": memory}
+        numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "meta_lr": meta_lr, "beta": beta}
+        numbers |= {"meta_weight_decay": meta_weight_decay, "inner_steps": inner_steps, "accumulate": accumulate}
+        checks.check_settings(words, numbers, nesterov)
         if not any(p.requires_grad for p in learner.target.parameters()):
             raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
         parameter = next(p for p in learner.target.parameters() if p.requires_grad)
@@ -115,9 +118,11 @@ class Engine:
         self.scheme, self.precision, self.memory = scheme, precision, memory
         self._auto, self._say = mode == "auto", say
         lay_out([*learner.sources, learner.target], precision)
+        self._shards = Shards(accumulate, group)
+        self._shards.join(learner, self.mode, {**numbers, "words": (scheme, precision, nesterov)})
         self.trained = Trained.of(learner, SGD(momentum, weight_decay, nesterov), lr, meta_lr, meta_weight_decay)
         self._lr_value, self._meta_lr_value = float(lr), float(meta_lr)
-        self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory)
+        self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory, self._shards)
         self._plain = plain_steps(learner, beta)
         self._compiled: tuple[tuple[Any, ...], Steps] | None = None  # for inputs of these shapes
         self._draws: Draws | None = None  # not looked at yet
@@ -131,7 +136,7 @@ class Engine:
     @property
     def smallest_batch(self) -> int:
         """Images that a batch must have."""
-        return checks.smallest_batch(self.learner.target)
+        return self._shards.count * checks.smallest_batch(self.learner.target)
 
     @property
     def lr(self) -> float:
@@ -178,8 +183,9 @@ class Engine:
                 the first steps, a model that cannot be compiled or captured. Whatever is raised, θ, φ, momentum and
                 buffers are as before.
         """
-        tensors = self._check(x, y, val)
-        with arithmetic(self.precision, self._device), self._twice_differentiable():
+        with together(self._shards.group):
+            tensors = self._check(x, y, val)
+        with self._running():
             if self.mode != "eager":
                 self._drop_what_is_stale()
             if self.mode == "compile" and self._compiled is None:
@@ -203,10 +209,11 @@ class Engine:
         """
         if not self.trained.phi:
             return {}
-        tensors = self._ready(self._check(x, y, val))
+        with together(self._shards.group):
+            tensors = self._ready(self._check(x, y, val))
         if self.mode != "eager":
             self._drop_what_is_stale()
-        with generators_kept(self._device), arithmetic(self.precision, self._device), self._twice_differentiable():
+        with generators_kept(self._device), self._running():
             _, grads = self._simulate(self._steps(tensors), tensors)
         return dict(zip(self.trained.phi, grads, strict=True))
 
@@ -263,15 +270,19 @@ class Engine:
         with sweeping():  # hooks may have consequences of their own
             return examine(self.learner.target, lambda: network.run(x, stand_ins), list(stand_ins.values()))
 
-    def _twice_differentiable(self) -> Any:
-        return (self._second_order or SecondOrder()).context()
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        group, second_order = self._shards.group, self._second_order or SecondOrder()
+        with together(group), synchronised(group), arithmetic(self.precision, self._device), second_order.context():
+            yield
 
     def _new_graphs(self) -> Graphs | None:
         captures = self.mode != "eager" and self._device.type == "cuda"
         return Graphs(self._iterate, self._device, self._may_be_captured) if captures else None
 
     def _may_be_captured(self) -> None:
-        check_capture([self.learner.target, *self.learner.sources], self._draws, self.memory)
+        memory: Memory = self.memory if self._shards.count == 1 else "recompute"
+        check_capture([self.learner.target, *self.learner.sources], self._draws, memory)
         if self._sets_attributes:
             raise L2TError("the target's forward pass sets attributes of its modules, which a replay would not")
 
@@ -305,7 +316,8 @@ class Engine:
             with reproducible(self._device):  # the networks are traced, and the graphs proved equal
                 steps = compiled_steps(self.learner, self.beta, units, self._say)
             with generators_kept(self._device):
-                self._iteration.real_gradient(steps, self._iteration.matching(steps, ready).batches[0])
+                for part in self._iteration.matching(steps, ready):
+                    self._iteration.real_gradient(steps, part.batches[0])
                 if self.trained.phi:
                     self._simulate(steps, ready)
             self._compiled = _shapes(tensors), steps
@@ -337,8 +349,8 @@ class Engine:
     def _simulate(self, steps: Steps, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """(L_meta, dL_meta/dφ) from the present θ and momentum."""
         theta = {name: p.detach() for name, p in self.trained.theta.items()}
-        matched = self._iteration.matching(steps, tensors)
-        return self._iteration.meta_gradient(steps, matched, theta, self.trained.momentum, draws=self._may_draw)
+        parts = self._iteration.matching(steps, tensors)
+        return self._iteration.meta_gradient(steps, parts, theta, self.trained.momentum, draws=self._may_draw)
 
     @property
     def _may_draw(self) -> bool:
@@ -350,6 +362,7 @@ class Engine:
         batches = checks.batches_in_a_row(x, y, val, self.scheme, self.inner_steps, meta)
         smallest, like = self.smallest_batch, next(iter(self.trained.theta.values()))
         for images_, labels in batches:
+            self._shards.check_batch(images_, smallest)
             checks.check_batch(images_, labels, like, smallest, self.learner, not self._labels_seen)
         self._labels_seen = True
         checks.check_target(self.learner, self.trained.theta)
