@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from time import monotonic
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -16,10 +18,12 @@ from torch import Tensor
 
 from l2t_fast.errors import Interrupted, L2TError, RankError
 
+_c10d: Any = dist  # of which not every build of PyTorch has all
 Group = Any  # a torch.distributed.ProcessGroup, a name that not every build of PyTorch has
 Result = TypeVar("Result")
 
 _TIMEOUT = timedelta(minutes=5)  # that one rank waits for another; a checkpoint is written meanwhile
+_ANSWER = timedelta(seconds=2)  # in which one that is there answers
 _FAILED = "l2t_fast/failed"  # where a rank that fails leaves its sentence
 
 
@@ -103,7 +107,7 @@ def _heard() -> str:
 
 
 def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+    return _c10d.distributed_c10d._get_default_store()
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,10 @@ def started_again() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def local_rank() -> int:
-    """The number of this process among those on its machine: that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def refuse(command: str) -> None:
+    """Raises L2TError where torchrun has started several processes of a command that is one."""
+    if launched() and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise L2TError(f"`{command}` is one process: start it without torchrun, which is for `train` and `pretrain`.")
 
 
 @contextmanager
@@ -199,20 +204,51 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda:
-        if local_rank() >= torch.cuda.device_count():
+        device_index = int(os.environ.get("LOCAL_RANK", "0"))
+        if device_index >= torch.cuda.device_count():
             raise L2TError(
                 f"torchrun has started {os.environ.get('LOCAL_WORLD_SIZE')} processes on a machine with "
                 f"{torch.cuda.device_count()} GPUs: give --nproc-per-node {torch.cuda.device_count()}, or --device cpu."
             )
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(device_index)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+        store, rank, _ = next(_c10d.rendezvous("env://", timeout=_TIMEOUT))
+        alive, start = _this_start(store, rank)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        own = _c10d.PrefixStore(start, store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=_TIMEOUT)
     except RuntimeError as error:
         raise _gone(error) from error
     try:
-        _current = Ranks(dist.get_rank(), count, dist.group.WORLD)
+        _current = Ranks(rank, count, dist.group.WORLD)
         with together(_current.group):
             yield _current
     finally:
         _current = ALONE
         dist.destroy_process_group()
+        del alive
+
+
+def _this_start(store: Any, rank: int) -> tuple[Any, str]:
+    """(what is to be kept until the end, a name of this start of the job, the same on all ranks).
+
+    torchrun's store outlives a start that failed, with all that its ranks have left there. So rank 0 opens a store of
+    its own, and says where: what is read there and answers is of this start.
+    """
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        server = _c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        name = f"l2t_fast/{server.port}/{uuid4().hex}"
+        server.set("name", name)
+        store.set("l2t_fast/start", name)
+        return server, name
+    end = monotonic() + _TIMEOUT.total_seconds()
+    while True:
+        name = store.get("l2t_fast/start").decode()
+        try:
+            client = _c10d.TCPStore(host, int(name.split("/")[1]), is_master=False, timeout=_ANSWER)
+            if client.get("name").decode() == name:
+                return client, name
+        except RuntimeError:
+            if monotonic() > end:
+                raise

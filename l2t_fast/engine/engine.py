@@ -115,7 +115,7 @@ class Engine:
         if mode == "auto":
             say(f"l2t_fast: mode '{self.mode}', {self.why}\n")
         self.learner, self.beta, self.inner_steps = learner, beta, inner_steps
-        self.scheme, self.precision, self.memory = scheme, precision, memory
+        self.scheme, self.precision, self.memory, self.accumulate = scheme, precision, memory, accumulate
         self._auto, self._say = mode == "auto", say
         lay_out([*learner.sources, learner.target], precision)
         self._shards = Shards(accumulate, group)
@@ -380,7 +380,7 @@ class Engine:
         return [tensor for batch in (batches if meta else batches[:1]) for tensor in batch]
 
 
-_FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "memory"))
+_FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "memory", "accumulate"))
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from l2t_fast.data.splits import Data
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
+from l2t_fast.ranks import current
 from l2t_fast.reports.pictures import weights as plots
 from l2t_fast.runs.build import build_sources, make_engine, make_learner, method_config, plain_learner, source_data
 from l2t_fast.runs.made import cell_settings, inputs, shared_settings
@@ -39,7 +40,7 @@ def train_source(folder: Path, config: TrainConfig, s: int, device: torch.device
     title = f"source{number}, classes {classes}"
     what = {"part": title, **shared_settings(config)}
     _fit(folder, title, config, s, config.source.source_epochs, network, learner, data, make_watch, what)
-    save_weights(folder / "source.pt", network, data.num_classes)
+    current().first(lambda: save_weights(folder / "source.pt", network, data.num_classes))
 
 
 def train_cell(
@@ -58,9 +59,13 @@ def train_cell(
     title = f"{name}, seed {seed}"
     what = {"--method": name, **cell_settings(config)}
     result = _fit(folder, title, config, seed, config.optim.epochs, target, learner, data, make_watch, what)
-    if len(learner.what) or len(learner.where):
-        _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
-    save_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def write() -> None:
+        if len(learner.what) or len(learner.where):
+            _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
+        save_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+    current().first(write)
     return result
 
 
@@ -93,10 +98,11 @@ def _fit(
     assert optim.batch_size is not None
     device = next(network.parameters()).device
     parts = {part: getattr(data, part).to(device) for part in ("train", "val", "test")}
-    batches = data.train.num_batches(optim.batch_size)
+    ranks = current()
+    batches = data.train.num_batches(optim.batch_size, ranks.count * optim.accumulate)
     watch = make_watch(title, epochs, batches)
     schedule = Schedule(epochs, optim.batch_size, optim.lr, seed)
-    engine = make_engine(config, learner, watch.say)
+    engine = make_engine(config, learner, watch.say, ranks.group)
     made = {**what, "seed": str(seed), **inputs(learner.sources, data)}
     result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch, made)
     watch.done(result["test_accuracy_last"])

@@ -21,6 +21,7 @@ from rich.text import Text
 from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import check_there, writing
 from l2t_fast.methods import find_method
+from l2t_fast.ranks import refuse
 from l2t_fast.reports.column import Problems, read_column, read_problems
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs import workers
@@ -54,6 +55,7 @@ def run(config: TableConfig, console: Console) -> bool:
         Interrupted: stopped by the user, with everything saved.
         L2TError: bad settings, missing data, a folder of something else or in use, a source that cannot be trained.
     """
+    refuse("table")
     for flag, value in (("jobs", config.jobs), ("threads", config.threads)):
         if value is not None:
             check_flag(flag, value)

@@ -10,6 +10,7 @@ import torch
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import Data, load_data
 from l2t_fast.files import load_json
+from l2t_fast.ranks import current
 from l2t_fast.reports.column import RESULT
 from l2t_fast.runs.build import build_sources, source_folders
 from l2t_fast.runs.cell import train_cell, train_source
@@ -39,7 +40,7 @@ class SourceTask:
         return self.folder.parent / "config.json"
 
     def run(self, make_watch: MakeWatch) -> str:
-        if not self.done:
+        if not current().first(lambda: self.done):
             train_source(self.folder, self.config, self.index, torch.device(self.device), make_watch)
         return "trained"
 
@@ -68,13 +69,13 @@ class CellTask:
         return self.folder.parent.parent / "config.json"
 
     def run(self, make_watch: MakeWatch) -> str:
-        if not self.done:
+        if not current().first(lambda: self.done):
             data = _data(self.config.data, self.seed)
             networks = build_sources(self.config, self.sources)
             train_cell(
                 self.folder, self.config, self.method, self.seed, networks, data, torch.device(self.device), make_watch
             )
-        result = load_json(self.folder / "result.json", RESULT)
+        result = current().first(lambda: load_json(self.folder / "result.json", RESULT))
         return f"test {result['test_accuracy_last']:.1%} after {result['seconds']:.0f} s"
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import check_there, make_folder, save_text
+from l2t_fast.ranks import current
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch, loss_on_host
 from l2t_fast.signals import STOPS, held_back
@@ -58,11 +59,14 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 
 @contextlib.contextmanager
 def at_work(task: Task, stopped: Callable[[], bool]) -> Iterator[None]:
-    """Makes the folder of a task, in that of its run, and holds it alone.
+    """Makes the folder of a task, in that of its run, and holds it alone; rank 0 does, for all.
 
     Raises:
         Interrupted, L2TError, MachineError: as `alone`; the folder of the run was removed.
     """
+    if not current().leads:
+        yield
+        return
     check_there(task.config_file)
     make_folder(task.folder)
     with alone(task.folder, stopped):
