@@ -14,6 +14,8 @@ EXTRAS = {
     "ray": ["ray>=2.40"],
     "submitit": ["submitit>=1.5"],
 }
+# What the tests of exactness need; those of extras are skipped where these are missing.
+TEST = [*EXTRAS["digits"], "hypothesis>=6.100", "pytest>=8.2", "pytest-benchmark>=5.0", "pytest-xdist>=3.6"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 KERNELS = ["l2t_fast.kernels", *(f"l2t_fast.kernels.{name}" for name in find_packages("kernels"))]
 
@@ -43,16 +45,14 @@ setup(
     extras_require={
         **EXTRAS,
         "docs": DOCS,
+        "test": TEST,
         "dev": [
+            *TEST,
             *(requirement for extra in EXTRAS.values() for requirement in extra),
             *DOCS,
-            "hypothesis>=6.100",
             "mypy>=1.13",
             "playwright>=1.48",
             "pre-commit>=4.0",
-            "pytest>=8.2",
-            "pytest-benchmark>=5.0",
-            "pytest-xdist>=3.6",
             "ruff>=0.8",
         ],
     },
