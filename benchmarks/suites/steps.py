@@ -23,7 +23,7 @@ from torchvision import transforms
 from benchmarks.cases import Case, State, add_case_arguments, chosen_cases
 from benchmarks.contenders.judge import CHECK_BATCH, relative_error
 from benchmarks.measure import floors, timing
-from benchmarks.measure.rates import device_rates
+from benchmarks.measure.rates import device_rates, rates_row
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, add_row_arguments, append, begin, say, unavailable, write
 from l2t_fast.data.images import MEAN, PAD, STD, TensorSet
@@ -285,7 +285,7 @@ def run(arguments: argparse.Namespace) -> None:
     """All steps of each case."""
     device = begin("steps", arguments)
     rates = device_rates(("fp32",), device)
-    append(arguments.output, {"kind": "rates", "rates": rates})
+    append(arguments.output, rates_row(rates))
     slow = "compiled on a GPU only: Inductor takes minutes on a CPU, and gains nothing there"
     missing = {} if device.type == "cuda" else {"compiled": slow}
     for case in chosen_cases(arguments):
