@@ -11,6 +11,7 @@ compared with float64.
 
 import argparse
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -122,14 +123,18 @@ def _adjoint(grads: Sequence[Tensor | None], theta: Sequence[Tensor], u: Sequenc
 
 
 def plain_source(case: Case, dtype: torch.dtype, *, state: State, device: torch.device) -> Call:
-    """The features of every source layer, by forward hooks."""
+    """The features of every source layer, by forward hooks; w and λ pair by pair."""
     reference = case.reference(device, dtype, state)
     x, _ = case.images(0, device, dtype)
 
     @torch.no_grad()
     def call() -> Output:
         taps = zip(reference.sources, reference.source_layers, strict=True)
-        return [feature for source, layers in taps for feature in forward_with_features(source, layers, x)[1]]
+        S = [forward_with_features(source, layers, x)[1] for source, layers in taps]
+        pooled = [S[s][m].mean((2, 3)) for s, m, _ in reference.pairs]
+        w = [F.softmax(f(feature), 1) for f, feature in zip(reference.what, pooled, strict=True)]
+        lam = [F.relu6(g(feature))[:, 0] for g, feature in zip(reference.where, pooled, strict=True)]
+        return [*itertools.chain(*S), *w, *lam]
 
     return call
 
@@ -141,8 +146,8 @@ def engine_source(case: Case, dtype: torch.dtype, *, state: State, device: torch
     @torch.no_grad()
     def call() -> Output:
         S = learner.source_features(x)
-        learner.weights(S)
-        return S
+        w, lam = learner.weights(S)
+        return [*S, *w, *lam]
 
     return call
 
