@@ -76,7 +76,7 @@ def roofline(rows: Sequence[Row]) -> Any:
     grid = [x[0] * (x[1] / x[0]) ** (i / 200) for i in range(201)]
     for style, precision in zip(("-", "--", "-."), [name for name in rates if name != "copy"], strict=False):
         roof = [min(rates["copy"] * i, rates[precision]) for i in grid]
-        axes.plot(grid, roof, style, color="0.3", label=f"roof, {precision}: measured copy and product")
+        axes.plot(grid, roof, style, color="0.3", label=f"roof, {precision}: measured copy, product or convolution")
     kinds: dict[tuple[str, str], list[Row]] = {}
     for row in points:
         by = row["by"] if row["kind"] == "operator" else contender_name(row)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.beside import joined
-from l2t_fast.kernels.layers.autograd import constant_primals
+from l2t_fast.kernels.layers.autograd import constant_primals, differentiated_once
 from l2t_fast.kernels.matching import ops
 from l2t_fast.learner.attributes import apart, read_attributes, set_attributes
 from l2t_fast.learner.learner import L2T, Networks
@@ -101,7 +101,8 @@ def gradient(
     if networks.traced:
         outputs, pull, auxiliary = torch.func.vjp(forward, of_target, heads, has_aux=True)  # type: ignore[misc]
     else:
-        pull = _PullBack(forward, of_target, heads, constant)
+        with nullcontext() if torch.is_grad_enabled() else differentiated_once():
+            pull = _PullBack(forward, of_target, heads, constant)
         outputs, auxiliary = pull.outputs, pull.auxiliary
     loss, logits, values, after = auxiliary
     cotangents = [torch.ones_like(loss)] if task else []
@@ -145,9 +146,11 @@ def task_loss(
     buffers: Mapping[str, Tensor] | None = None,
     networks: Networks | None = None,
 ) -> Tensor:
-    """L_org of (x, y) at θ, differentiable in θ; `buffers` of the target are copied for it."""
-    network = (networks or learner.networks).target
-    return _outputs(network, _of_target(network, theta, x.dtype), _copies(buffers), x, y, simulated=True)[1]
+    """L_org of (x, y) at θ, differentiable in θ once; `buffers` of the target are copied for it."""
+    networks = networks or learner.networks
+    target = _of_target(networks.target, theta, x.dtype)
+    with nullcontext() if networks.traced else differentiated_once():
+        return _outputs(networks.target, target, _copies(buffers), x, y, simulated=True)[1]
 
 
 def _copies(buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
