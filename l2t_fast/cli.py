@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from l2t_fast.environment import be_patient
-from l2t_fast.errors import Interrupted, L2TError, OutputClosed
+from l2t_fast.errors import Interrupted, L2TError, OutputClosed, memory_watched
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
 from l2t_fast.signals import exit_code
 
@@ -151,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if given[:1] == ["bench"]:  # its arguments are its own
             run_bench(given[1:])
-        tyro.extras.subcommand_cli_from_dict(commands, prog="l2t-fast", args=given)
+        with memory_watched():
+            tyro.extras.subcommand_cli_from_dict(commands, prog="l2t-fast", args=given)
     except L2TError as error:
         Console(stderr=True).print(f"l2t-fast: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.status)

@@ -1,5 +1,11 @@
 """The exceptions that bad input and a machine in the way raise, and the one of who was asked to stop."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# How PyTorch says it.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+
 
 class L2TError(ValueError):
     """Bad input, said in one sentence: what is wrong and what to do.
@@ -22,6 +28,33 @@ class MachineError(L2TError):
     """The input is good, but the machine would not: a full disk, a folder that may not be written."""
 
     status = 3
+
+
+class ReadError(L2TError):
+    """Images cannot be read: what was learned until then is good."""
+
+
+class LostWorkerError(ReadError, MachineError):
+    """The processes that read images do not stay alive."""
+
+
+class NoMemoryError(MachineError):
+    """What was asked for does not fit in memory."""
+
+
+@contextmanager
+def memory_watched() -> Iterator[None]:
+    """Raises NoMemoryError where Python's, PyTorch's or the GPU's memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        if not isinstance(error, MemoryError) and not any(words in why for words in _NO_MEMORY):
+            raise
+        raise NoMemoryError(
+            f"memory ran out ({why or 'of the machine'}): give --memory recompute, fewer --jobs, or a smaller network "
+            "or --batch-size."
+        ) from error
 
 
 class Interrupted(Exception):

@@ -21,7 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from l2t_fast.errors import Interrupted, L2TError
+from l2t_fast.errors import Interrupted, L2TError, MachineError, NoMemoryError, memory_watched
 from l2t_fast.files import check_there, make_folder, save_text
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch, loss_on_host
@@ -31,6 +31,7 @@ _TELL_EVERY = 0.2  # seconds between two messages on the iterations of one train
 _LINE_EVERY = 30.0  # seconds between two lines on one training, where there is no terminal
 _KILLED = -9  # what multiprocessing makes of SIGKILL
 _GRACE = 3.0  # seconds that a training has to save when the process that started it has ended
+_ENDS = ("finished", "failed", "stopped", "hindered", "too large", "broken")  # what a worker says of a task at its end
 _LOOK_EVERY = 0.5  # seconds after which the user's wish to stop is looked at
 
 
@@ -61,11 +62,11 @@ def at_work(task: Task, stopped: Callable[[], bool]) -> Iterator[None]:
     """Makes the folder of a task, in that of its run, and holds it alone.
 
     Raises:
-        Interrupted, L2TError, MachineError: as `alone`; the folder of the run was removed.
+        Interrupted, L2TError, MachineError: as `alone`; the folder of the run was removed; memory ran out.
     """
     check_there(task.config_file)
     make_folder(task.folder)
-    with alone(task.folder, stopped):
+    with alone(task.folder, stopped), memory_watched():
         yield
 
 
@@ -78,10 +79,12 @@ def work_off(
 
     Raises:
         Interrupted: the user asked to stop; the tasks under way have saved where they stand.
+        MachineError: the disk is full, say: the other tasks under way have been stopped likewise.
     """
     waiting: list[AnyTask] = list(tasks)
     failed: list[tuple[AnyTask, str]] = []
-    again: list[AnyTask] = []  # were killed once
+    again: list[AnyTask] = []  # were killed once, or found too little memory
+    hindered: str | None = None
     context = multiprocessing.get_context("spawn")
     asked = context.RawValue("b", 0)  # without a lock, which a process killed inside it would keep
     workers: list[_Worker[AnyTask]] = []
@@ -108,36 +111,30 @@ def work_off(
                 except (EOFError, OSError):
                     worker.process.join()
                     workers.remove(worker)
-                    kind, arguments = "failed", (_ended(worker.process.exitcode),)
-                    if worker.process.exitcode == _KILLED and worker.task not in again and not stop.asked:
-                        task, jobs = worker.finished(), max(1, jobs - 1)
-                        again.append(task)
-                        waiting.append(task)
-                        display.console.print(
-                            f"{task.title}: {arguments[0]}; it is tried once more, with {jobs} side by side",
-                            highlight=False,
-                            soft_wrap=True,
-                            markup=False,
-                        )
-                        continue
-                if kind == "broken":
-                    workers.remove(worker)
-                    kind = "failed"
-                if kind not in ("finished", "failed", "stopped"):
+                    kind, arguments = _ended(worker.process.exitcode)
+                if kind not in _ENDS:
                     worker.follow(kind, arguments, display, stop)
                     continue
-                task = worker.finished()
-                done += kind != "stopped"
+                task, (told,) = worker.finished(), arguments
+                if kind in ("broken", "too large") and worker in workers:
+                    workers.remove(worker)
+                if kind == "too large" and task not in again and not stop.asked:
+                    jobs = max(1, jobs - 1)
+                    again.append(task)
+                    waiting.append(task)
+                    _say(display, f"{task.title}: {told.rstrip('.')}; it is tried once more, with {jobs} side by side")
+                    continue
+                if kind == "hindered":
+                    hindered = hindered or f"{task.title}: {told}"
+                    asked.value = 1
+                    waiting.clear()
+                if kind in ("stopped", "hindered"):
+                    continue
+                done += 1
                 display.bars.update(overall, completed=done, state=f"{done} of {len(tasks)}")
-                if kind == "failed":
-                    failed.append((task, arguments[0]))
-                if kind != "stopped":
-                    display.console.print(
-                        f"{task.title}: {arguments[0]} · {done} of {len(tasks)}",
-                        highlight=False,
-                        soft_wrap=True,
-                        markup=False,
-                    )
+                if kind != "finished":
+                    failed.append((task, told))
+                _say(display, f"{task.title}: {told} · {done} of {len(tasks)}")
     except KeyboardInterrupt:
         for worker in workers:
             worker.process.kill()
@@ -150,16 +147,21 @@ def work_off(
         display.bars.remove_task(overall)
     if stop.asked:
         raise Interrupted
+    if hindered is not None:
+        raise MachineError(hindered)
     return failed
 
 
-def _ended(code: int | None) -> str:
+def _say(display: Display, line: str) -> None:
+    display.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _ended(code: int | None) -> tuple[str, tuple[str]]:
+    """What a worker would have told that has ended with this code."""
     if code == _KILLED:
-        return (
-            "its process was killed, which the system usually does when memory runs out: give fewer --jobs, or a "
-            "smaller --batch-size"
-        )
-    return f"its process ended with code {code}"
+        why = "its process was killed, which the system usually does when memory runs out"
+        return "too large", (f"{why}: give fewer --jobs, or a smaller --batch-size",)
+    return "failed", (f"its process ended with code {code}",)
 
 
 @dataclass
@@ -176,8 +178,11 @@ class _Worker(Generic[AnyTask]):
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, asked, os.getpid(), threads))
         # The parent says when to stop: what the terminal or a scheduler sends to all processes is not for this one.
-        with held_back():
-            process.start()
+        try:
+            with held_back():
+                process.start()
+        except OSError as error:
+            raise MachineError(f"no process can be started ({error.strerror}): give fewer --jobs.") from error
         theirs.close()
         return cls(process, ours)
 
@@ -221,6 +226,10 @@ def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None
                 end = "finished", task.run(functools.partial(_RemoteWatch, connection, stopped))
         except Interrupted:
             end = "stopped", ""
+        except NoMemoryError as error:
+            end = "too large", str(error)
+        except MachineError as error:
+            end = "hindered", str(error)
         except L2TError as error:
             end = "failed", str(error)
         except Exception as error:  # whatever a training may raise: the others go on, in a new process
@@ -231,7 +240,7 @@ def _work(connection: Connection, asked: Any, parent: int, threads: int) -> None
             connection.send((end[0], (end[1],)))
         except OSError:  # the parent is gone
             return
-        if end[0] == "broken":  # an error on a GPU spoils the process
+        if end[0] in ("broken", "too large"):  # an error on a GPU spoils the process
             return
         gc.collect()  # an engine and its graphs hold each other
         if torch.cuda.is_available():

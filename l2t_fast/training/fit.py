@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l2t_fast.data.images import ImageSet
 from l2t_fast.data.splits import Data
 from l2t_fast.engine.engine import Engine
-from l2t_fast.errors import DamagedFileError, Interrupted, L2TError
+from l2t_fast.errors import DamagedFileError, Interrupted, L2TError, ReadError
 from l2t_fast.files import check_room, keep_as, load_checkpoint, make_folder, save_checkpoint
 from l2t_fast.learner.undisturbed import modes_kept
 from l2t_fast.training.log import Log
@@ -58,6 +58,7 @@ def fit(
 
     Raises:
         Interrupted: `watch.stop_asked()`; all is saved.
+        ReadError: images cannot be read; all is saved.
         L2TError: a loss, a parameter or a buffer is not finite (says where; the last good checkpoint stays), a
             damaged or foreign checkpoint, too few images for a batch.
         MachineError: there is no room for the checkpoints; or the disk is full later: what was saved before stays, and
@@ -114,9 +115,11 @@ def fit(
                 save()
             watch.epoch(row)
         result = _test(folder, network, data, state, watch)
-    except Interrupted:
+    except (Interrupted, ReadError) as stopped:
         log.flush()
         save()
+        if isinstance(stopped, ReadError):
+            watch.say(f"{last} holds what was learned until an image could not be read\n")
         raise
     return {**result, "seconds": round(state.seconds, 3), "iterations": batches * schedule.epochs}
 

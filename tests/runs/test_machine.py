@@ -2,13 +2,20 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from l2t_fast.cli import main
+from l2t_fast.data.readers.layout import open_image
+from l2t_fast.errors import L2TError
+from l2t_fast.files import load_checkpoint
+from l2t_fast.training.log import read_metrics
+from tests.data.samples import write_folder
 from tests.runs.commands import SMALL, refused
 
 QUICK = [*SMALL[:-4], "--method", "l2t-ww", "--seeds", "0", "--epochs", "1", "--source-epochs", "1"]
@@ -19,6 +26,19 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 from l2t_fast.cli import main
 main(sys.argv[1:])
 """
+
+
+def deadly(path: str) -> Image.Image:
+    """An image of which no process survives the reading."""
+    if path.endswith("train/b/2.png"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return open_image(path)
+
+
+def damaged(path: str) -> Image.Image:
+    if path.endswith("train/b/2.png"):
+        raise L2TError(f"{path} is no readable image; replace or remove it.")
+    return open_image(path)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +68,35 @@ def test_a_full_disk_ends_a_run_that_goes_on_later(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
     main(["train", "--runs", str(tmp_path), "--name", "run", "--resume"])
     assert (tmp_path / "run/table.md").exists()
+
+
+def test_readers_that_are_killed_again_and_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was learned until then is saved, and goes on to the bit; the same with an image that has become damaged."""
+    write_folder(tmp_path / "images", count=6)
+    given = f"--dataset folder --data-root {tmp_path / 'images'} --target resnet8 --target-width 0.25 --seeds 0"
+    given += f" --method scratch --batch-size 2 --epochs 2 --runs {tmp_path}"
+    main(["train", "--name", "whole", *given.split(), "--workers", "0"])
+    rows = [read_metrics(tmp_path / name / "scratch/seed-0/metrics.jsonl") for name in ["whole"]]
+    monkeypatch.setattr("l2t_fast.data.images.open_image", deadly)
+    error = failed(capsys, "train", "--name", "run", *given.split(), "--workers", "1")
+    assert "processes that read images end again and again" in error
+    assert error.endswith("which the system usually does to them when memory runs out: give fewer --workers.")
+    cell = tmp_path / "run/scratch/seed-0"
+    assert load_checkpoint(cell / "last.pt")["state"]["iteration"] > 0
+    monkeypatch.setattr("l2t_fast.data.images.open_image", damaged)
+    resume = ["train", "--name", "run", "--runs", str(tmp_path), "--resume", "--workers", "0"]
+    with pytest.raises(SystemExit) as stopped:
+        main(resume)
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert "is no readable image" in told.err
+    assert f"{cell / 'last.pt'} holds what was learned until an image could not be read" in told.out
+    monkeypatch.undo()
+    main(resume)
+    rows.append(read_metrics(cell / "metrics.jsonl"))
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("command", ["train", "table", "pretrain", "inspect"])
