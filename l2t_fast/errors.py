@@ -63,3 +63,11 @@ class Interrupted(Exception):
 
 class OutputClosed(Interrupted):
     """Who read what is printed has left, as `head` does."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory was what an operation lacked, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which stays unloaded
+        return True
+    words = ("not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

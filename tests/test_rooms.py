@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Top to bottom; rooms of one floor do not import each other. "l2t_fast" is its __init__, the public names.
 FLOORS = [
+    ["__main__"],
     ["cli", "benchmarks"],
     ["l2t_fast"],
     ["runs"],

@@ -14,6 +14,7 @@ from l2t_fast.engine.capture import CaptureError, Graphs
 from l2t_fast.engine.checks import Images
 from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, units_of
 from l2t_fast.engine.iteration import Iteration
+from l2t_fast.engine.memory import advice, within_memory
 from l2t_fast.engine.modes import Draws, check_capture, choose_mode
 from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible
 from l2t_fast.engine.second_order import SecondOrder, examine
@@ -179,7 +180,7 @@ class Engine:
                 buffers are as before.
         """
         tensors = self._check(x, y, val)
-        with arithmetic(self.precision, self._device), self._twice_differentiable():
+        with arithmetic(self.precision, self._device), self._twice_differentiable(), self._within_memory(tensors):
             if self.mode != "eager":
                 self._drop_what_is_stale()
             if self.mode == "compile" and self._compiled is None:
@@ -206,7 +207,12 @@ class Engine:
         tensors = self._ready(self._check(x, y, val))
         if self.mode != "eager":
             self._drop_what_is_stale()
-        with generators_kept(self._device), arithmetic(self.precision, self._device), self._twice_differentiable():
+        with (
+            generators_kept(self._device),
+            arithmetic(self.precision, self._device),
+            self._twice_differentiable(),
+            self._within_memory(tensors),
+        ):
             _, grads = self._simulate(self._steps(tensors), tensors)
         return dict(zip(self.trained.phi, grads, strict=True))
 
@@ -265,6 +271,13 @@ class Engine:
 
     def _twice_differentiable(self) -> Any:
         return (self._second_order or SecondOrder()).context()
+
+    def _within_memory(self, tensors: Sequence[Tensor]) -> Any:
+        def some(count: int) -> list[Tensor]:
+            return self._ready([t[:count] for t in tensors])
+
+        batch = len(tensors[0])
+        return within_memory(lambda: advice(self._iteration, self._plain, some, batch, self.precision))
 
     def _new_graphs(self) -> Graphs | None:
         captures = self.mode != "eager" and self._device.type == "cuda"

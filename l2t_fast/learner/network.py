@@ -11,14 +11,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, ran_out
 from l2t_fast.kernels.layers.autograd import cast
 from l2t_fast.kernels.layers.twins import BatchNorm2d, Twins, half_parameters, twin_of
 from l2t_fast.learner.direct import run_directly
 from l2t_fast.learner.hooks import gated_backward_hooks
 from l2t_fast.learner.pairs import Shape
 from l2t_fast.learner.places import Places
-from l2t_fast.learner.taps import Tap, check_module, find_taps, logits_of
+from l2t_fast.learner.taps import Tap, cannot_run, check_module, find_taps, logits_of
 
 
 class Outputs(NamedTuple):
@@ -127,11 +127,10 @@ class Network:
                 result = self.module(x)
         except _Enough:
             pass
-        except (L2TError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # whatever a network may raise
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise L2TError(f"the {self.role} cannot run on images {list(x.shape)}: {line}") from error
+            if isinstance(error, L2TError) or ran_out(error):
+                raise
+            raise cannot_run(self.role, x, error) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from l2t_fast.bounds import shown
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, ran_out
 from l2t_fast.learner.layout import FeatureMap, find_layout, parse_layer, pick
 from l2t_fast.learner.pairs import Shape
 from l2t_fast.learner.trail import AxisTrail
@@ -87,6 +87,15 @@ def check_module(module: nn.Module, role: str) -> None:
             raise L2TError(
                 f"'{name}' of the {role} was made in inference mode, so it cannot be trained: make it outside."
             )
+
+
+def cannot_run(role: str, x: Tensor, error: Exception) -> L2TError:
+    """What is raised where a network raised `error` on images x."""
+    line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
+    return L2TError(
+        f"the {role} cannot run on images {list(x.shape)}: {line}; give images of the size and depth that it takes, or "
+        "another network."
+    )
 
 
 def are_names(layers: object) -> bool:
@@ -251,11 +260,10 @@ class _Trial(TorchDispatchMode):
         try:
             with self.trail, self:
                 return module(x)
-        except L2TError:
-            raise
         except Exception as error:  # whatever a network may raise
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {line}") from error
+            if isinstance(error, L2TError) or ran_out(error):
+                raise
+            raise cannot_run(role, x, error) from error
         finally:
             for handle in handles:
                 handle.remove()

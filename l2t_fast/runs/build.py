@@ -18,6 +18,7 @@ from l2t_fast.methods import find_method
 from l2t_fast.networks.architectures import VGG9_SIDE, build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.networks.weights import checkpoint_classes, load_weights
+from l2t_fast.runs.device import why_no_gpu
 from l2t_fast.settings.options import EngineOptions, TrainConfig
 
 
@@ -28,7 +29,7 @@ def find_device(wanted: str) -> torch.device:
         L2TError: there is no GPU.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise L2TError("there is no GPU that PyTorch can use: leave out --device cuda.")
+        raise L2TError(f"there is no GPU that PyTorch can use ({why_no_gpu()}): leave out --device cuda, or mend that.")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
 
 

@@ -1,7 +1,7 @@
 """One training: the networks of a run, and a method with a seed (a cell of a table), in a folder of its own.
 
-METHOD/seed-K/   metrics.jsonl, last.pt, best.pt, learned.json and pictures where weights were learned, and, last of
-                 all, result.json: the cell is done
+METHOD/seed-K/   metrics.jsonl, last.pt, best.pt, learned.json and pictures where weights were learned, and then
+                 result.json: the cell is done; target.* where the target is exported
 source/          (source-1/, source-2/, ... of several) the same of a source network, and source.pt: its checkpoint
 """
 
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2t_fast.choices import Export
 from l2t_fast.data.splits import Data
+from l2t_fast.engine.memory import within_memory
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.reports.pictures import weights as plots
@@ -22,10 +24,15 @@ from l2t_fast.runs.build import build_sources, make_engine, make_learner, method
 from l2t_fast.runs.made import cell_settings, inputs, shared_settings
 from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
+from l2t_fast.training.export import FILES, export
 from l2t_fast.training.fit import Schedule, fit
 from l2t_fast.training.learned import peakedness
 from l2t_fast.training.log import read_epochs
 
+_OUTSIDE = (
+    "memory ran out outside an iteration, where networks are made or measured: end what else uses it, or give smaller "
+    "images or another network."
+)
 _PICTURE_IMAGES = 512  # training images whose channel weights the histogram shows
 
 
@@ -51,17 +58,26 @@ def train_cell(
     data: Data,
     device: torch.device,
     make_watch: MakeWatch,
-) -> dict[str, Any]:
-    """Trains one method with one seed, writes what it learned, and returns the content of result.json."""
+) -> None:
+    """Trains one method with one seed, writes what it learned, and exports the target; what is there is left alone."""
     config = method_config(config, name)
     target, learner, _ = make_learner(config, name, seed, sources, data, device)
-    title = f"{name}, seed {seed}"
-    what = {"--method": name, **cell_settings(config)}
-    result = _fit(folder, title, config, seed, config.optim.epochs, target, learner, data, make_watch, what)
-    if len(learner.what) or len(learner.where):
-        _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
-    save_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    return result
+    if not (folder / "result.json").exists():
+        title = f"{name}, seed {seed}"
+        what = {"--method": name, **cell_settings(config)}
+        with within_memory(lambda: _OUTSIDE):
+            result = _fit(folder, title, config, seed, config.optim.epochs, target, learner, data, make_watch, what)
+        if len(learner.what) or len(learner.where):
+            _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
+        save_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    for form in not_exported(folder, config):
+        target.load_state_dict(cell_weights(folder))
+        export(target, folder / FILES[form], torch.zeros(2, *data.image_shape))
+
+
+def not_exported(folder: Path, config: TrainConfig) -> list[Export]:
+    """The formats that the target of a cell is still to be written in."""
+    return [form for form in config.export if not (folder / FILES[form]).exists()]
 
 
 def cell_weights(folder: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from l2t_fast.runs.build import (
     trains_sources,
 )
 from l2t_fast.settings.options import TrainConfig
+from l2t_fast.training.export import check_export
 
 SKIPPED = "skipped-images.txt"
 
@@ -56,12 +57,14 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
     unfit: dict[str, UnfitError] = {}
     for method in config.method or ():
         try:
-            _, learner, start = make_learner(config, method, seed, sources, data, torch.device("cpu"))
+            target, learner, start = make_learner(config, method, seed, sources, data, torch.device("cpu"))
             engine = make_engine(method_config(eager, method), learner, lambda text: None)
         except UnfitError as error:
             unfit[method] = error
             continue
         check_data(engine, config, data)
+        if method == (config.method or ())[0]:
+            check_export(target, config.export, torch.zeros(2, *data.image_shape))
         console.print(
             f"{describe(config, method, data, learner, start)}; {device}", highlight=False, soft_wrap=True, markup=False
         )

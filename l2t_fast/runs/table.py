@@ -9,7 +9,6 @@ runs/NAME/table.json                      the settings, all of them
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +24,7 @@ from l2t_fast.reports.column import Problems, read_column, read_problems
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs import workers
 from l2t_fast.runs.build import find_device
+from l2t_fast.runs.device import cores
 from l2t_fast.runs.folder import (
     check_column,
     in_order,
@@ -127,10 +127,9 @@ def _tasks(
 
 def _side_by_side(config: TableConfig, cells: int, device: torch.device) -> tuple[int, int]:
     """(jobs, threads of each): by default one a core, and one on a GPU; the cores are divided among them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = 1 if device.type == "cuda" else max(1, min(cores // (config.threads or 1), cells))
+    most = 1 if device.type == "cuda" else max(1, min(cores() // (config.threads or 1), cells))
     jobs = config.jobs or most
-    return jobs, config.threads or max(1, cores // jobs)
+    return jobs, config.threads or max(1, cores() // jobs)
 
 
 def _report(folder: Path, console: Console) -> None:

@@ -12,7 +12,7 @@ from l2t_fast.data.splits import Data, load_data
 from l2t_fast.files import load_json
 from l2t_fast.reports.column import RESULT
 from l2t_fast.runs.build import build_sources, source_folders
-from l2t_fast.runs.cell import train_cell, train_source
+from l2t_fast.runs.cell import not_exported, train_cell, train_source
 from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
 
@@ -68,7 +68,7 @@ class CellTask:
         return self.folder.parent.parent / "config.json"
 
     def run(self, make_watch: MakeWatch) -> str:
-        if not self.done:
+        if not self.done or not_exported(self.folder, self.config):
             data = _data(self.config.data, self.seed)
             networks = build_sources(self.config, self.sources)
             train_cell(

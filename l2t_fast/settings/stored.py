@@ -14,7 +14,7 @@ from l2t_fast.settings.defaults import check, check_flag, check_name
 from l2t_fast.settings.options import TableConfig, TrainConfig
 
 # What may have changed when a run goes on: where the data lie, and what computes; and how it is called.
-ANEW = ("device", "mode", "memory", "data_root", "workers", "download")
+ANEW = ("device", "mode", "memory", "data_root", "workers", "download", "export")
 FREE = (*ANEW, "name", "runs", "resume")
 
 

@@ -135,6 +135,11 @@ class Log:
         return {"epoch": epoch, **means}
 
     def _check_finite(self, row: dict[str, Any]) -> None:
+        if not all(map(math.isfinite, row.get("pair_weights", ()))):
+            raise L2TError(
+                f"λ is not finite at epoch {row['epoch']}, iteration {row['iteration']}: the meta-gradient of the "
+                f"iteration before was not, or a source's features are not; {what_is_kept(self._checkpoint)}; {ADVICE}."
+            )
         for name in row:
             if (name != "loss" and not name.endswith("_loss")) or math.isfinite(row[name]):
                 continue

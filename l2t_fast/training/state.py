@@ -57,8 +57,9 @@ def check_finite(engine: Engine, state: State, last: Path) -> None:
         return
     for name, tensor in tensors:
         if not bool(tensor.isfinite().all()):
+            why = ", since the meta-gradient was not" if name.startswith(("what.", "where.")) else ""
             raise L2TError(
-                f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "
+                f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}{why}: "
                 f"{what_is_kept(last)}; {ADVICE}."
             )
 

@@ -304,6 +304,9 @@ def test_images_that_the_network_cannot_take() -> None:
     for role in ("target", "source 1"):
         with pytest.raises(L2TError, match=rf"the {role} cannot run on images \[2, 2, 32, 32\]: .*channels"):
             tap(Toy(), ["conv"], X[:, :2], role=role, output=role == "target")
+    vit = torchvision.models.VisionTransformer(64, 32, num_layers=1, num_heads=1, hidden_dim=4, mlp_dim=4)
+    with pytest.raises(L2TError, match=r"Expected 64 but got 32; give images of the size and depth that it takes"):
+        tap_target(vit, ["encoder.layers"])
 
 
 @torch.no_grad()
