@@ -63,7 +63,7 @@ class Reference:
 
     L_wfm(θ|x,φ) = β Σ_pairs mean_b λ_b Σ_c w_bc (1/HW) Σ_ij (r(T^n(x)) − R(S^m(x)))²_bcij   (paper, section 2.1)
     with w_b = softmax(f(pool S^m)) and λ_b = relu6(g(pool S^m)), pool = global average;
-    L_total = L_org + L_wfm, L_org = cross entropy.
+    L_total = L_org + L_wfm, L_org = `loss` of outputs and labels, cross entropy by default.
 
     Args:
         sources: source network, or several; they are put into eval mode and frozen.
@@ -118,6 +118,7 @@ class Reference:
         source_maps: Maps | None = None,
         target_maps: Maps | None = None,
         logits: int | str | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
         for value, options in ((what, What), (where, Where), (scheme, Scheme)):
             if value not in get_args(options):
@@ -131,7 +132,7 @@ class Reference:
         self.pairs = list(pairs)
         self.where_kind = where
         self.beta, self.inner_steps, self.scheme = beta, inner_steps, scheme
-        self.source_maps, self.target_maps, self.logits = source_maps, target_maps, logits
+        self.source_maps, self.target_maps, self.logits, self.loss = source_maps, target_maps, logits, loss
         if len(self.sources) != len(self.source_layers):
             raise L2TError("Give a list of layers for each source network.")
         for model, layers in zip([*self.sources, target], [*self.source_layers, self.target_layers], strict=True):
@@ -295,12 +296,12 @@ class Reference:
         return loss
 
     def _org(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(select(self.target(x), self.logits), y)
+        return self.loss(select(self.target(x), self.logits), y)
 
     def _losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """L_org and L_wfm of a batch."""
         output, features = forward_with_features(self.target, self.target_layers, x, self.target_maps)
-        return F.cross_entropy(select(output, self.logits), y), self.beta * self._matching(x, features)
+        return self.loss(select(output, self.logits), y), self.beta * self._matching(x, features)
 
     def _total(self, x: Tensor, y: Tensor) -> Tensor:
         org, matching = self._losses(x, y)

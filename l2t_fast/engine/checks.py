@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from l2t_fast.bounds import check_number, shown
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine.inner_step import parameters
+from l2t_fast.engine.loss import Loss
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.learner import L2T
 
@@ -75,7 +76,9 @@ def batches_in_a_row(
     return [*zip(xs, ys, strict=True), *([val] if val is not None else [])]
 
 
-def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, learner: L2T, look_at_labels: bool) -> None:
+def check_batch(
+    x: Tensor, y: Tensor, like: Tensor, smallest: int, learner: L2T, loss: Loss, look_at_labels: bool
+) -> None:
     """Raises L2TError for images and labels that do not fit each other, or a target with parameters `like`."""
     places = (like.device, torch.device("cpu"))
     if x.dim() != 4:
@@ -90,18 +93,33 @@ def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, learner: L2T,
             f"the images are {x.dtype} on {x.device}, the target is {like.dtype} on {like.device}: "
             "move them to the same device and dtype."
         )
-    if y.shape != x.shape[:1] or y.dtype != torch.int64 or y.device not in places:
+    if y.device not in places or not _are_labels(x, y, like, learner.target_network.output_shape, loss):
+        size = f"[{x.shape[0]}]" if len(learner.target_network.output_shape) == 1 else f"[{x.shape[0]}, ...]"
+        wanted = f"int64 of shape {size}" if loss.classes else f"of shape [{x.shape[0]}, ...]"
+        soft = f" (or probabilities of the classes, {like.dtype})" if loss.classes else ""
         raise L2TError(
-            f"the labels must be int64 of shape [{x.shape[0]}] on {x.device}, one an image, "
-            f"not {y.dtype} {list(y.shape)} on {y.device}."
+            f"the labels must be {wanted} on {x.device}, one an image{soft}, not {y.dtype} {list(y.shape)} on "
+            f"{y.device}."
         )
     if not len(x):
         raise L2TError("the batch is empty: give images and labels.")
     if x.shape[0] < smallest:
         raise L2TError("BatchNorm cannot train on a batch of one: give two images or more.")
-    if y.device.type == "cpu" or look_at_labels:
-        low, high = y.min().item(), y.max().item()
+    if loss.classes and not y.is_floating_point() and (y.device.type == "cpu" or look_at_labels):
+        counted = y if loss.ignored is None else y[y != loss.ignored]
+        if not len(counted):
+            raise L2TError(f"all labels are {loss.ignored}, which the loss ignores: give some that count.")
+        low, high = counted.min().item(), counted.max().item()
         if low < 0 or high >= learner.classes:
             raise L2TError(
                 f"the labels go from {low} to {high}, but the target has classes 0 to {learner.classes - 1}."
             )
+
+
+def _are_labels(x: Tensor, y: Tensor, like: Tensor, output_shape: tuple[int, ...], loss: Loss) -> bool:
+    """Whether y is of a shape and dtype that the loss may take; of others than cross entropy its trial says more."""
+    if not loss.classes:
+        return y.shape[:1] == x.shape[:1]
+    if y.is_floating_point():  # probabilities of the classes
+        return y.dtype == like.dtype and y.dim() == 1 + len(output_shape) and y.shape[:2] == (len(x), output_shape[0])
+    return y.dtype == torch.int64 and y.dim() == len(output_shape) and y.shape[:1] == x.shape[:1]

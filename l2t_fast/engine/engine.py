@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from l2t_fast.bounds import check_number
@@ -13,19 +14,20 @@ from l2t_fast.engine import checks
 from l2t_fast.engine.capture import CaptureError, Graphs
 from l2t_fast.engine.checks import Images
 from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, units_of
+from l2t_fast.engine.inner_step import LossFunction
 from l2t_fast.engine.iteration import Iteration
+from l2t_fast.engine.loss import Loss, settings_of_loss
 from l2t_fast.engine.memory import advice, within_memory
 from l2t_fast.engine.modes import Draws, check_capture, choose_mode
 from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible
-from l2t_fast.engine.second_order import SecondOrder, examine
+from l2t_fast.engine.second_order import SecondOrder
 from l2t_fast.engine.state import Trained, check_fits
+from l2t_fast.engine.trials import try_loss_on, try_target
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.attributes import settings_of
 from l2t_fast.learner.generators import Generators, device_drew, generators_kept, host_drew, read_generators
-from l2t_fast.learner.hooks import sweeping
 from l2t_fast.learner.learner import L2T
-from l2t_fast.learner.reach import check_reach
 
 
 def say_on_stderr(text: str) -> None:
@@ -60,6 +62,8 @@ class Engine:
             parameters, and lay out convolutions as channels_last.
         memory: "save" keeps the activations of all simulated steps; "recompute" holds those of one step at a time,
             whatever T is, for one more forward and backward pass a step.
+        loss: L_org, and of the held-out batch L_meta: any function of the target's outputs and the labels that gives a
+            scalar and has a second derivative. It is tried on the first batch.
         say: gets what "auto" picks, the progress of compiling and fallbacks, as pieces of text; stderr by default.
 
     Attributes:
@@ -88,6 +92,7 @@ class Engine:
         mode: Mode = "auto",
         precision: Precision = "fp32",
         memory: Memory = "save",
+        loss: LossFunction = F.cross_entropy,
         say: Say = say_on_stderr,
     ) -> None:
         checks.check_settings(
@@ -118,14 +123,16 @@ class Engine:
         lay_out([*learner.sources, learner.target], precision)
         self.trained = Trained.of(learner, SGD(momentum, weight_decay, nesterov), lr, meta_lr, meta_weight_decay)
         self._lr_value, self._meta_lr_value = float(lr), float(meta_lr)
-        self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory)
-        self._plain = plain_steps(learner, beta)
+        self.loss, self._loss = loss, Loss.of(loss, learner.target_network.output_shape)
+        self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory, self._loss)
+        self._plain = plain_steps(learner, beta, loss=loss)
         self._compiled: tuple[tuple[Any, ...], Steps] | None = None  # for inputs of these shapes
         self._draws: Draws | None = None  # not looked at yet
         self._labels_seen = self._evaluation_said = self._sets_attributes = False
         self._examined_in = self._modes()
         self._second_order = self._examined()
-        self._settings = settings_of(learner.target)  # that what is captured or compiled has frozen
+        self._losses_tried: dict[Any, SecondOrder] = {}
+        self._settings = self._settings_now()
         self._graphs = self._new_graphs()
         self.needs_val = scheme == "simulation" and bool(self.trained.phi)
 
@@ -255,22 +262,23 @@ class Engine:
         return [module.training for module in self.learner.target.modules()]
 
     def _examined(self) -> SecondOrder | None:
-        """How the target's forward pass runs, so that it can be differentiated twice: found by tiny trials."""
-        network = self.learner.target_network
-        dtype = next(iter(self.trained.theta.values())).dtype
-        x = torch.zeros(2, *self.learner.image_shape, dtype=dtype, device=self._device)
-        with generators_kept(self._device):
-            x.normal_()
-        with reproducible(self._device), SecondOrder().context():
-            check_reach(network, x, again=bool(self.trained.phi))
-        if not self.trained.phi:
-            return None
-        stand_ins = {name: p.detach().requires_grad_() for name, p in network.parameters.items() if p.requires_grad}
-        with sweeping():  # hooks may have consequences of their own
-            return examine(self.learner.target, lambda: network.run(x, stand_ins), list(stand_ins.values()))
+        return try_target(self.learner, self.trained.theta, meta=bool(self.trained.phi))
 
     def _twice_differentiable(self) -> Any:
-        return (self._second_order or SecondOrder()).context()
+        ways = [self._second_order or SecondOrder(), *self._losses_tried.values()]
+        return SecondOrder(replace=any(way.replace for way in ways)).context()
+
+    def _settings_now(self) -> list[Any]:
+        """What a captured or compiled iteration has frozen."""
+        return [settings_of(self.learner.target), settings_of_loss(self.loss)]
+
+    def _try_loss(self, x: Tensor, y: Tensor) -> None:
+        """Where it is not the usual one, once for each kind of labels."""
+        kind = (y.dtype, y.dim())
+        if self.loss is not F.cross_entropy and kind not in self._losses_tried:
+            with arithmetic("fp32", self._device), SecondOrder().context():
+                where = x.to(self._device), y.to(self._device)
+                self._losses_tried[kind] = try_loss_on(self.learner, self.loss, *where, meta=bool(self.trained.phi))
 
     def _within_memory(self, tensors: Sequence[Tensor]) -> Any:
         def some(count: int) -> list[Tensor]:
@@ -290,7 +298,7 @@ class Engine:
 
     def _drop_what_is_stale(self) -> None:
         """What was captured or compiled under other settings of the target's modules is made anew."""
-        settings = settings_of(self.learner.target)
+        settings = self._settings_now()
         if settings != self._settings:
             self._settings, self._compiled, self._draws = settings, None, None
             if self._graphs is not None:
@@ -316,7 +324,7 @@ class Engine:
         ready = self._ready(tensors)
         try:
             with reproducible(self._device):  # the networks are traced, and the graphs proved equal
-                steps = compiled_steps(self.learner, self.beta, units, self._say)
+                steps = compiled_steps(self.learner, self.beta, units, self._say, self.loss)
             with generators_kept(self._device):
                 self._iteration.real_gradient(steps, self._iteration.matching(steps, ready).batches[0])
                 if self.trained.phi:
@@ -342,7 +350,7 @@ class Engine:
     def _iterate(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         metrics = self._iteration.run(self._steps(tensors), tensors, self._may_draw)
         if self._graphs is not None:
-            settings = settings_of(self.learner.target)
+            settings = self._settings_now()
             self._sets_attributes = settings != self._settings
             self._settings = settings
         return metrics
@@ -363,7 +371,7 @@ class Engine:
         batches = checks.batches_in_a_row(x, y, val, self.scheme, self.inner_steps, meta)
         smallest, like = self.smallest_batch, next(iter(self.trained.theta.values()))
         for images_, labels in batches:
-            checks.check_batch(images_, labels, like, smallest, self.learner, not self._labels_seen)
+            checks.check_batch(images_, labels, like, smallest, self.learner, self._loss, not self._labels_seen)
         self._labels_seen = True
         checks.check_target(self.learner, self.trained.theta)
         for source in self.learner.sources:
@@ -377,10 +385,13 @@ class Engine:
                 "dropout; target.train() changes that\n"
             )
             self._evaluation_said = True
-        return [tensor for batch in (batches if meta else batches[:1]) for tensor in batch]
+        batches = batches if meta else batches[:1]
+        for batch in batches:
+            self._try_loss(*batch)
+        return [tensor for batch in batches for tensor in batch]
 
 
-_FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "memory"))
+_FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "memory", "loss"))
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

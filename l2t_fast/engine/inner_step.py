@@ -24,6 +24,7 @@ from l2t_fast.learner.places import buffers_of
 from l2t_fast.learner.reach import nodes_of
 
 Theta = dict[str, Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # (outputs [B, ...], labels [B, ...]) -> scalar
 
 _TARGET, _TERMS = "target.", "terms."
 
@@ -32,7 +33,7 @@ class StepInput(NamedTuple):
     """Images, labels, and what neither θ nor the step changes: source features and coefficients."""
 
     x: Tensor  # [B, C, H, W]; bfloat16 beside float32 parameters: computed in bfloat16
-    y: Tensor  # [B]
+    y: Tensor  # [B], or what else the loss takes
     S: list[Tensor]  # see `L2T.matching_sources`
     source_of: list[int]  # of each pair
     a: list[Tensor]  # [B, C_s] of each pair
@@ -44,7 +45,7 @@ class Gradient(NamedTuple):
 
     theta: Theta  # without the parameters that the losses do not reach; in the dtype that was computed with
     loss: Tensor  # L_org, scalar
-    logits: Tensor  # [B, classes]
+    logits: Tensor  # [B, classes], or what else the target returns
     distances: list[Tensor]  # E [B, C_s] of each pair, where asked for
     terms: list[Tensor]  # value of each term, scalars, where it entered
     buffers: dict[str, Tensor]  # what the forward pass left in the places of the buffers that were given to it
@@ -73,6 +74,7 @@ def gradient(
     simulated: bool = True,
     buffers: Mapping[str, Tensor] | None = None,
     networks: Networks | None = None,
+    loss_function: LossFunction = F.cross_entropy,
 ) -> Gradient:
     """∇θ of L_org (`task`) and of L_wfm (`matching`), with what the target's modes and hooks make of it.
 
@@ -87,7 +89,7 @@ def gradient(
 
     def forward(target: Theta, heads: Theta) -> _Forward:
         copies = _copies(buffers)
-        outputs, loss, logits = _outputs(networks.target, target, copies, batch.x, batch.y, simulated)
+        outputs, loss, logits = _outputs(networks.target, target, copies, batch.x, batch.y, loss_function, simulated)
         if not networks.traced:
             joined(batch.x)  # what follows reads what the source pass made
         values = _terms(learner, networks.target, target, copies, heads, batch, outputs) if total else []
@@ -145,12 +147,13 @@ def task_loss(
     *,
     buffers: Mapping[str, Tensor] | None = None,
     networks: Networks | None = None,
+    loss_function: LossFunction = F.cross_entropy,
 ) -> Tensor:
     """L_org of (x, y) at θ, differentiable in θ once; `buffers` of the target are copied for it."""
     networks = networks or learner.networks
     target = _of_target(networks.target, theta, x.dtype)
     with nullcontext() if networks.traced else differentiated_once():
-        return _outputs(networks.target, target, _copies(buffers), x, y, simulated=True)[1]
+        return _outputs(networks.target, target, _copies(buffers), x, y, loss_function, simulated=True)[1]
 
 
 def _copies(buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -158,13 +161,19 @@ def _copies(buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
 
 
 def _outputs(
-    network: Runs, target: Theta, buffers: dict[str, Tensor], x: Tensor, y: Tensor, simulated: bool
+    network: Runs,
+    target: Theta,
+    buffers: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    loss_function: LossFunction,
+    simulated: bool,
 ) -> tuple[Outputs, Tensor, Tensor]:
     """(the target's outputs, L_org, the logits)."""
     outputs = network.run(x, target, buffers, simulated=simulated)
     assert outputs.logits is not None
     logits = outputs.logits.float() if outputs.logits.dtype == torch.bfloat16 else outputs.logits
-    return outputs, F.cross_entropy(logits, y), logits
+    return outputs, loss_function(logits, y), logits
 
 
 def _terms(

@@ -1,7 +1,7 @@
 """One iteration: the real step of θ, the simulated steps from there, Adam on φ (paper, algorithm 1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from l2t_fast.engine import bilevel
 from l2t_fast.engine.bilevel import Kind
 from l2t_fast.engine.compile import Steps
 from l2t_fast.engine.inner_step import Gradient, StepInput, Theta
+from l2t_fast.engine.loss import Loss
 from l2t_fast.engine.state import Trained
 from l2t_fast.engine.surroundings import RealSurroundings, SimulatedSurroundings
 from l2t_fast.kernels.beside import beside, joined
@@ -42,6 +43,7 @@ class Iteration:
     scheme: Scheme
     inner_steps: int
     memory: Memory
+    loss: Loss = field(default_factory=Loss)
 
     def run(self, steps: Steps, tensors: Sequence[Tensor], draws: bool) -> Metrics:
         """One iteration on images and labels in a row (`split`); draws: a forward pass may draw random numbers."""
@@ -150,8 +152,9 @@ class Iteration:
     def _metrics(self, real: Gradient, matched: Matching) -> Metrics:
         """See `Engine.step`."""
         batch = matched.batches[0]
-        accuracy = (real.logits.argmax(1) == batch.y).to(real.loss.dtype).mean()
-        metrics = {"loss": real.loss, "accuracy": accuracy}
+        metrics = {"loss": real.loss}
+        if self.loss.classes:
+            metrics["accuracy"] = self.loss.accuracy(real.logits, batch.y, real.loss.dtype)
         if self.learner.pairs:
             # Sums of terms that are not negative, in few launches.
             metrics["pair_losses"] = torch.stack(torch._foreach_norm(torch._foreach_mul(real.distances, batch.a), 1))

@@ -36,7 +36,8 @@ class L2T(nn.Module):
 
     Args:
         sources: a source network or several, any modules; frozen, always in evaluation mode.
-        target: the target network, any module from images [B, C, H, W] to logits [B, classes].
+        target: the target network, any module from images [B, C, H, W] to logits [B, classes], or to what else
+            the loss of the engine takes.
         source_layers: names as in `named_modules()`; for several sources a list for each. `relu_1` is the second call
             of `relu`, `stage2[1]` the second of several features that a layer returns.
         target_layers: names likewise.

@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
     """What one forward pass of a tapped network gives."""
 
     features: list[Tensor]  # [B, C, H, W] of each tapped layer
-    logits: Tensor | None  # [B, classes], if the output was asked for
+    logits: Tensor | None  # [B, classes], or what else the target returns, if the output was asked for
     hidden: Tensor | None  # [B, C], what the last Linear reads, if the output comes from one
 
 
@@ -59,7 +59,8 @@ class Network:
 
     Attributes:
         module: the user's own. role: what it is called in errors. output: whether its output is wanted.
-        shapes: (C, H, W) of each tapped feature. classes: logits of the output, 0 without.
+        shapes: (C, H, W) of each tapped feature. output_shape: of the output, without the batch; its
+            first is `classes`, 0 without.
         hidden: channels of what the last Linear reads; 0 without the output, or where it comes from something else.
         half: names of the parameters that are computed with in bfloat16 on bfloat16 images.
         parameters: the module's own, by name, each once.
@@ -88,7 +89,8 @@ class Network:
         self.output, self._logits, self.role = output, logits, role
         self._last_linear = found.last_linear
         self.shapes: tuple[Shape, ...] = found.shapes
-        self.classes, self.hidden = found.classes, found.hidden
+        self.output_shape, self.hidden = found.output_shape, found.hidden
+        self.classes = self.output_shape[0] if self.output_shape else 0
         self.half = half_parameters(module)
         self.places = Places(module)
         self.parameters = self.places.parameters

@@ -51,7 +51,7 @@ class Found(NamedTuple):
 
     taps: list[Tap]
     shapes: tuple[Shape, ...]
-    classes: int
+    output_shape: tuple[int, ...]  # without the batch
     hidden: int
     last_linear: nn.Module | None  # whose output is the network's
 
@@ -152,17 +152,19 @@ def find_taps(
     trial.check_overwritten(taps, role, to_the_end=output)
     shapes = tuple(tap.map.shape for tap in taps)
     if not output:
-        return Found(taps, shapes, 0, 0, None)
-    classes = logits_of(result, logits, role).shape[1]
+        return Found(taps, shapes, (), 0, None)
+    outputs = logits_of(result, logits, role)
+    if outputs.shape[:1] != x.shape[:1]:
+        raise L2TError(f"the {role} returns {list(outputs.shape)} for {len(x)} images: wrap it to return [B, ...].")
     linear, hidden = trial.last_linear(result)
-    return Found(taps, shapes, classes, hidden, linear)
+    return Found(taps, shapes, tuple(outputs.shape[1:]), hidden, linear)
 
 
 def logits_of(result: Any, key: int | str | None, role: str) -> Tensor:
-    """The logits [B, classes] in what a network returned.
+    """The logits [B, classes] in what a network returned; of a target any outputs [B, ...], which its loss is of.
 
     Raises:
-        L2TError: it is not one tensor, and `key` does not say which of them; not [B, classes].
+        L2TError: it is not one tensor, and `key` does not say which of them; of a source, not [B, classes].
     """
     found = result
     if key is not None:
@@ -177,7 +179,7 @@ def logits_of(result: Any, key: int | str | None, role: str) -> Tensor:
             f"the {role} returns {_what(found)}, not one tensor of logits: say which by logits=, or wrap it to do so; "
             "a loss on its other outputs is not taken."
         )
-    if found.dim() != 2:
+    if found.dim() != 2 and (role != "target" or not found.dim()):
         raise L2TError(f"the {role} returns {list(found.shape)}, not logits [B, classes]: wrap it to do so.")
     return found
 
