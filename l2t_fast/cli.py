@@ -57,6 +57,11 @@ class _Output(Console):
         raise OutputClosed
 
 
+def _loading(console: Console) -> contextlib.AbstractContextManager[object]:
+    """Says so in a terminal: PyTorch takes seconds."""
+    return console.status("loading PyTorch") if not console.quiet else contextlib.nullcontext()
+
+
 def _to_nowhere() -> None:
     """What is still to be printed, at the end of the process too, goes nowhere."""
     with contextlib.suppress(OSError, ValueError):
@@ -83,9 +88,11 @@ def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
     Without arguments: digits. A small source network learns the digits 0-4, then a target learns 5-9 from ten images
     each, from scratch and with L2T-ww, three seeds; a table and pictures at the end.
     """
-    from l2t_fast.runs.run import run
+    console = _Output(quiet=config.quiet)
+    with _loading(console):
+        from l2t_fast.runs.run import run
 
-    run(config, _Output(), _GIVEN.get())
+    run(config, console, _GIVEN.get())
 
 
 def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
@@ -94,17 +101,21 @@ def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
     Without arguments: all methods on digits, three seeds. The same command goes on after any interruption, and may be
     given more methods, targets and seeds: a cell that is done is not trained again.
     """
-    from l2t_fast.runs.table import run
+    console = _Output(quiet=config.quiet)
+    with _loading(console):
+        from l2t_fast.runs.table import run
 
-    if not run(config, _Output()):
+    if not run(config, console):
         raise L2TError("some cells have failed: the table says why; the same command tries them again.")
 
 
 def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Train a source network from scratch; its checkpoint is for --source-weights."""
-    from l2t_fast.runs import pretrain
+    console = _Output(quiet=config.quiet)
+    with _loading(console):
+        from l2t_fast.runs import pretrain
 
-    pretrain.pretrain(config, _Output(), _GIVEN.get())
+    pretrain.pretrain(config, console, _GIVEN.get())
 
 
 def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:

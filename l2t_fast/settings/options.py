@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from l2t_fast.choices import METHODS, Memory, Mode, Precision, Scheme
+from l2t_fast.choices import METHODS, Memory, Mode, Precision, Scheme, Tracker
 from l2t_fast.data.options import DataConfig, DataOptions
 
 
@@ -101,6 +101,10 @@ class TrainConfig:
     """random seeds, one training for each"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
+    log: tuple[Tracker, ...] = ()
+    """also write TensorBoard event files, or CSV files, beside each metrics.jsonl"""
+    quiet: bool = False
+    """print errors alone"""
     data: DataConfig = field(default_factory=DataConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -138,6 +142,10 @@ class TableConfig:
     """CPU threads of each of them; by default the cores are divided among them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
+    log: tuple[Tracker, ...] = ()
+    """also write TensorBoard event files, or CSV files, beside each metrics.jsonl"""
+    quiet: bool = False
+    """print errors alone"""
     data: DataOptions = field(default_factory=DataOptions)
     source: SourceConfig = field(default_factory=SourceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -161,5 +169,9 @@ class PretrainConfig:
     """random seed, 0 by default"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
+    log: tuple[Tracker, ...] = ()
+    """also write TensorBoard event files, or CSV files, beside each metrics.jsonl"""
+    quiet: bool = False
+    """print errors alone"""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from l2t_fast.files import save_bytes
 from l2t_fast.reports.arrays import Array
@@ -58,6 +60,13 @@ def name_ends(axes: Any, names: Sequence[str], ends: Sequence[tuple[float, float
             **styles[i],
         )
         height -= 0.05 * (high - low)
+
+
+def pixels(fig: Any) -> NDArray[np.uint8]:
+    """The picture as [height, width, RGB]."""
+    canvas: Any = FigureCanvasAgg(fig)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def save(fig: Any, path: Path) -> None:

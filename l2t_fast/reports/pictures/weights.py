@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,11 @@ from l2t_fast.reports.pictures.canvas import figure, mark_epochs, save
 
 
 def plot_pair_weights(path: Path, weights: Sequence[Sequence[float]], names: Sequence[str], title: str) -> None:
+    """pair_weights.png, as `draw_pair_weights` has it."""
+    save(draw_pair_weights(weights, names, title), path)
+
+
+def draw_pair_weights(weights: Sequence[Sequence[float]], names: Sequence[str], title: str) -> Any:
     """Heat map of the mean pair weights λ: pairs down, epochs across. weights: [epochs, P]."""
     values = np.array(weights).T  # [P, epochs]
     fig = figure(8, 1.5 + 0.28 * len(names))
@@ -21,7 +27,7 @@ def plot_pair_weights(path: Path, weights: Sequence[Sequence[float]], names: Seq
     mark_epochs(axes, epochs)
     axes.set_title(title)
     fig.colorbar(image, label="mean pair weight λ")
-    save(fig, path)
+    return fig
 
 
 def plot_channel_weights(path: Path, weights: Sequence[Array], names: Sequence[str], title: str) -> None:
