@@ -4,6 +4,7 @@ from typing import Literal
 
 Mode = Literal["auto", "eager", "graph", "compile"]
 Precision = Literal["fp32", "tf32", "bf16"]
+Tracker = Literal["tensorboard", "csv"]
 Memory = Literal["save", "recompute"]
 Scheme = Literal["transfer", "simulation"]
 What = Literal["softmax", "uniform"]

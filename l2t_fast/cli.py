@@ -63,6 +63,11 @@ class _Output(Console):
         raise OutputClosed
 
 
+def _loading(console: Console) -> contextlib.AbstractContextManager[object]:
+    """Says so in a terminal: PyTorch takes seconds."""
+    return console.status("loading PyTorch") if not console.quiet else contextlib.nullcontext()
+
+
 def _to_nowhere() -> None:
     """What is still to be printed, at the end of the process too, goes nowhere."""
     with contextlib.suppress(OSError, ValueError):
@@ -101,9 +106,11 @@ def train(
         overrides: settings by their names in config.json, such as optim.lr=0.05 seeds=0,1 (of one method alone:
             --settings)
     """
-    from l2t_fast.runs.run import run
+    console = _Output(quiet=settings.quiet)
+    with _loading(console):
+        from l2t_fast.runs.run import run
 
-    run(with_file(settings, config, _GIVEN.get()), _Output(), _GIVEN.get())
+    run(with_file(settings, config, _GIVEN.get()), console, _GIVEN.get())
 
 
 def table(
@@ -120,17 +127,21 @@ def table(
         overrides: settings by their names in table.json, such as optim.lr=0.05 seeds=0,1 (of one method alone:
             --settings)
     """
-    from l2t_fast.runs.table import run
+    console = _Output(quiet=settings.quiet)
+    with _loading(console):
+        from l2t_fast.runs.table import run
 
-    if not run(with_file(settings, config, _GIVEN.get()), _Output()):
+    if not run(with_file(settings, config, _GIVEN.get()), console):
         raise L2TError("some cells have failed: the table says why; the same command tries them again.")
 
 
 def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Train a source network from scratch; its checkpoint is for --source-weights."""
-    from l2t_fast.runs import pretrain
+    console = _Output(quiet=settings.quiet)
+    with _loading(console):
+        from l2t_fast.runs import pretrain
 
-    pretrain.pretrain(settings, _Output(), _GIVEN.get())
+    pretrain.pretrain(settings, console, _GIVEN.get())
 
 
 def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:

@@ -1,7 +1,7 @@
 """The networks, learners and engines that the settings of a run ask for."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,18 @@ def source_data(config: TrainConfig) -> Data:
 
 
 def make_learner(
-    config: TrainConfig, name: str, seed: int, sources: Sequence[nn.Module], data: Data, device: torch.device
+    config: TrainConfig,
+    name: str,
+    seed: int,
+    sources: Sequence[nn.Module],
+    data: Data,
+    device: torch.device,
+    preparing: Callable[[str], None] = lambda what: None,
 ) -> tuple[nn.Module, L2T, str]:
     """(the target network, its learner, how it starts) of one cell, as `seed` initialises them.
+
+    Args:
+        preparing: is told what is being done.
 
     Raises:
         L2TError: the method cannot be had with these networks.
@@ -115,6 +124,7 @@ def make_learner(
             f"vgg9_bn needs images of {VGG9_SIDE} x {VGG9_SIDE} or more, not {data.image_shape[1]} x "
             f"{data.image_shape[2]}: give --image-size {VGG9_SIDE}, or another network."
         )
+    preparing("building the networks")
     torch.manual_seed(seed)
     target = build_model(part.target, data.num_classes, part.target_width).to(device)
     for source in sources:
@@ -122,6 +132,7 @@ def make_learner(
     start = method.start(target, sources) if method.start is not None else ""
     if method.pairs is None and not method.terms:
         return target, plain_learner(target, data, device), start
+    preparing("finding the layers")
     learner = method.learner(
         sources,
         target,

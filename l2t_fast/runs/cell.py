@@ -22,30 +22,36 @@ from l2t_fast.learner.learner import L2T
 from l2t_fast.reports.pictures import weights as plots
 from l2t_fast.runs.build import build_sources, make_engine, make_learner, method_config, plain_learner, source_data
 from l2t_fast.runs.made import cell_settings, inputs, shared_settings
-from l2t_fast.runs.progress import MakeWatch
+from l2t_fast.runs.progress import MakeWatch, RunWatch
+from l2t_fast.runs.tensorboard import ToTensorBoard
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.export import FILES, export
 from l2t_fast.training.fit import Schedule, fit
-from l2t_fast.training.learned import peakedness
+from l2t_fast.training.learned import pair_names, peakedness
 from l2t_fast.training.log import read_epochs
+from l2t_fast.training.trackers import ToCsv
 
 _OUTSIDE = (
     "memory ran out outside an iteration, where networks are made or measured: end what else uses it, or give smaller "
     "images or another network."
 )
+_TRACKERS = {"tensorboard": ToTensorBoard, "csv": ToCsv}  # of --log
 _PICTURE_IMAGES = 512  # training images whose channel weights the histogram shows
 
 
 def train_source(folder: Path, config: TrainConfig, s: int, device: torch.device, make_watch: MakeWatch) -> None:
     """Trains source s on its classes of the data set; folder/source.pt is the checkpoint."""
-    data = source_data(config)
-    network = build_sources(config)[s].to(device)
-    learner = plain_learner(network, data, device)
     classes = " ".join(map(str, config.source.source_classes or ()))
     number = f" {s + 1}" if len(config.source.source or ()) > 1 else ""
-    title = f"source{number}, classes {classes}"
+    title, epochs = f"source{number}, classes {classes}", config.source.source_epochs or 0
+    watch = make_watch(title, epochs, 0)
+    watch.preparing("reading the images")
+    data = source_data(config)
+    watch.preparing("building the networks")
+    network = build_sources(config)[s].to(device)
+    learner = plain_learner(network, data, device)
     what = {"part": title, **shared_settings(config)}
-    _fit(folder, title, config, s, config.source.source_epochs, network, learner, data, make_watch, what)
+    _fit(folder, title, config, s, epochs, network, learner, data, watch, what)
     save_weights(folder / "source.pt", network, data.num_classes)
 
 
@@ -57,16 +63,20 @@ def train_cell(
     sources: Sequence[nn.Module],
     data: Data,
     device: torch.device,
-    make_watch: MakeWatch,
+    watch: RunWatch,
+    callbacks: Sequence[object] = (),
 ) -> None:
-    """Trains one method with one seed, writes what it learned, and exports the target; what is there is left alone."""
+    """Trains one method with one seed, writes what it learned, and exports the target; what is there is left alone.
+
+    callbacks: as for `fit`.
+    """
     config = method_config(config, name)
-    target, learner, _ = make_learner(config, name, seed, sources, data, device)
+    target, learner, _ = make_learner(config, name, seed, sources, data, device, watch.preparing)
     if not (folder / "result.json").exists():
-        title = f"{name}, seed {seed}"
+        title, epochs = f"{name}, seed {seed}", config.optim.epochs or 0
         what = {"--method": name, **cell_settings(config)}
         with within_memory(lambda: _OUTSIDE):
-            result = _fit(folder, title, config, seed, config.optim.epochs, target, learner, data, make_watch, what)
+            result = _fit(folder, title, config, seed, epochs, target, learner, data, watch, what, callbacks)
         if len(learner.what) or len(learner.where):
             _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
         save_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -96,32 +106,34 @@ def _fit(
     title: str,
     config: TrainConfig,
     seed: int,
-    epochs: int | None,
+    epochs: int,
     network: nn.Module,
     learner: L2T,
     data: Data,
-    make_watch: MakeWatch,
+    watch: RunWatch,
     what: Mapping[str, str],
+    callbacks: Sequence[object] = (),
 ) -> dict[str, Any]:
     optim = config.optim
-    assert epochs is not None
     assert optim.lr is not None
     assert optim.batch_size is not None
     device = next(network.parameters()).device
     parts = {part: getattr(data, part).to(device) for part in ("train", "val", "test")}
-    batches = data.train.num_batches(optim.batch_size)
-    watch = make_watch(title, epochs, batches)
     schedule = Schedule(epochs, optim.batch_size, optim.lr, seed)
+    watch.preparing("examining the networks")
     engine = make_engine(config, learner, watch.say)
     made = {**what, "seed": str(seed), **inputs(learner.sources, data)}
-    result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch, made)
+    told = [*callbacks, *(_TRACKERS[name]() for name in config.log)]
+    watch.begins(data.train.num_batches(optim.batch_size))
+    watch.preparing("first step")
+    result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch, made, told, title)
     watch.done(result["test_accuracy_last"])
     return result
 
 
 def _write_learned(cell: Path, learner: L2T, data: Data, title: str) -> None:
     """learned.json and the pictures of it: λ over the epochs, w at the end."""
-    names = [_pair_name(learner, pair) for pair in learner.pairs]
+    names = pair_names(learner)
     learned: dict[str, Any] = {
         "pairs": names,
         "source": [learner.source_layers[s][m] for s, m, _ in learner.pairs],
@@ -144,9 +156,3 @@ def _write_learned(cell: Path, learner: L2T, data: Data, title: str) -> None:
         plots.plot_channel_weights(cell / "channel_weights.png", [x.numpy() for x in w], names, title)
         learned["channels"] = [peakedness(x) for x in w]
     save_text(cell / "learned.json", json.dumps(learned) + "\n")
-
-
-def _pair_name(learner: L2T, pair: Sequence[int]) -> str:
-    source, m, n = pair
-    prefix = f"{source}:" if len(learner.sources) > 1 else ""
-    return f"{prefix}{learner.source_layers[source][m]} → {learner.target_layers[n]}"

@@ -19,6 +19,8 @@ from l2t_fast.runs.build import (
     source_data,
     trains_sources,
 )
+from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
+from l2t_fast.runs.tensorboard import check_tensorboard
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.export import check_export
 
@@ -40,10 +42,23 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
     Raises:
         L2TError: data, weights, layers or settings that cannot be had.
     """
-    optim, seed = config.optim, (config.seeds or (0,))[0]
+    optim = config.optim
+    if "tensorboard" in config.log:
+        check_tensorboard()
     if optim.mode == "graph" and device.type != "cuda":
         raise L2TError(f"--mode graph needs a CUDA device, not {device}: leave it out.")
-    eager = dataclasses.replace(config, optim=dataclasses.replace(optim, mode="eager"))
+    with Display(console) as display:
+        watch = TrainingWatch(display, StopSignal(), "checking", 1, 0)
+        try:
+            return _look(config, device, console, watch)
+        finally:
+            watch.clear()
+
+
+def _look(config: TrainConfig, device: torch.device, console: Console, watch: TrainingWatch) -> dict[str, UnfitError]:
+    seed = (config.seeds or (0,))[0]
+    eager = dataclasses.replace(config, optim=dataclasses.replace(config.optim, mode="eager"))
+    watch.preparing("reading the images")
     data = load_data(config.data, seed)
     if data.skipped:
         console.print(
@@ -57,7 +72,10 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
     unfit: dict[str, UnfitError] = {}
     for method in config.method or ():
         try:
-            target, learner, start = make_learner(config, method, seed, sources, data, torch.device("cpu"))
+            target, learner, start = make_learner(
+                config, method, seed, sources, data, torch.device("cpu"), watch.preparing
+            )
+            watch.preparing("examining the networks")
             engine = make_engine(method_config(eager, method), learner, lambda text: None)
         except UnfitError as error:
             unfit[method] = error

@@ -39,6 +39,7 @@ def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = 
         method=("scratch",),
         seeds=None if config.seed is None else (config.seed,),
         device=config.device,
+        log=config.log,
         data=config.data,
         target=TargetConfig(config.network, config.width),
         optim=config.optim,

@@ -8,7 +8,7 @@ runs/NAME/config.json                       the settings, all of them
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -31,10 +31,11 @@ from l2t_fast.settings.options import TrainConfig
 from l2t_fast.settings.stored import check_same, load_config, save_config, updated
 
 
-def run(config: TrainConfig, console: Console, given: Collection[str] = ()) -> Path:
+def run(config: TrainConfig, console: Console, given: Collection[str] = (), callbacks: Sequence[object] = ()) -> Path:
     """Trains what `config` asks for and returns the folder of the run.
 
     Args:
+        callbacks: are told of the training of each cell: `training.watch.Callback`s, or loggers as Lightning has them.
         given: names of the settings that are meant even where they are the usual ones; others than the usual always
             are. A run that goes on with other ones than its own is refused.
 
@@ -43,7 +44,7 @@ def run(config: TrainConfig, console: Console, given: Collection[str] = ()) -> P
         L2TError: bad settings, missing data, a folder that exists already, a training that diverged.
     """
     folder, made = open_run(config, resolve, given=given)
-    train(folder, made, console, config.resume)
+    train(folder, made, console, config.resume, callbacks)
     return folder
 
 
@@ -93,7 +94,7 @@ def _check_new(folder: Path) -> None:
         raise L2TError(f"the run folder {folder} exists already: give another --name, or go on with it by --resume.")
 
 
-def train(folder: Path, config: TrainConfig, console: Console, resume: bool) -> None:
+def train(folder: Path, config: TrainConfig, console: Console, resume: bool, callbacks: Sequence[object] = ()) -> None:
     """Trains, one after the other, what is not done yet; writes the table and the pictures.
 
     A cell that fails, because its loss became infinite, does not keep the others from being trained.
@@ -108,10 +109,12 @@ def train(folder: Path, config: TrainConfig, console: Console, resume: bool) -> 
     with alone(folder):
         if not resume:
             _check_new(folder)  # another command may have begun it, and ended, since `open_run` looked
-        _train(folder, config, device, console)
+        _train(folder, config, device, console, callbacks)
 
 
-def _train(folder: Path, config: TrainConfig, device: torch.device, console: Console) -> None:
+def _train(
+    folder: Path, config: TrainConfig, device: torch.device, console: Console, callbacks: Sequence[object]
+) -> None:
     methods = config.method or ()
     save_config(config, folder / "config.json")
     list_skipped(folder, config)
@@ -122,7 +125,7 @@ def _train(folder: Path, config: TrainConfig, device: torch.device, console: Con
         for source in sources:
             with at_work(source, lambda: stop.asked):
                 source.run(make_watch)
-        found = [(cell, _failure(cell, make_watch, stop)) for cell in cells]
+        found = [(cell, _failure(cell, make_watch, stop, callbacks)) for cell in cells]
     failed = [(cell, why) for cell, why in found if why is not None]
     check_there(folder / "config.json")
     problems: Problems = {}
@@ -138,11 +141,11 @@ def _train(folder: Path, config: TrainConfig, device: torch.device, console: Con
         raise L2TError(f"{cell.method}, seed {cell.seed}: {why}{others}")
 
 
-def _failure(cell: CellTask, make_watch: MakeWatch, stop: StopSignal) -> str | None:
+def _failure(cell: CellTask, make_watch: MakeWatch, stop: StopSignal, callbacks: Sequence[object]) -> str | None:
     """Trains a cell, and says why it failed, if it did: it diverged, say. The others are trained all the same."""
     try:
         with at_work(cell, lambda: stop.asked):
-            cell.run(make_watch)
+            cell.run(make_watch, callbacks)
     except MachineError:
         raise
     except L2TError as error:

@@ -67,13 +67,14 @@ class CellTask:
     def config_file(self) -> Path:
         return self.folder.parent.parent / "config.json"
 
-    def run(self, make_watch: MakeWatch) -> str:
+    def run(self, make_watch: MakeWatch, callbacks: Sequence[object] = ()) -> str:
         if not self.done or not_exported(self.folder, self.config):
+            watch = make_watch(f"{self.method}, seed {self.seed}", self.config.optim.epochs or 0, 0)
+            watch.preparing("reading the images")
             data = _data(self.config.data, self.seed)
             networks = build_sources(self.config, self.sources)
-            train_cell(
-                self.folder, self.config, self.method, self.seed, networks, data, torch.device(self.device), make_watch
-            )
+            device = torch.device(self.device)
+            train_cell(self.folder, self.config, self.method, self.seed, networks, data, device, watch, callbacks)
         result = load_json(self.folder / "result.json", RESULT)
         return f"test {result['test_accuracy_last']:.1%} after {result['seconds']:.0f} s"
 

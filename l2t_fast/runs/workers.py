@@ -263,6 +263,12 @@ class _RemoteWatch:
         self._count, self._last = 0, perf_counter()
         self._tell("made", title, epochs, batches)
 
+    def preparing(self, what: str) -> None:
+        self._tell("preparing", what)
+
+    def begins(self, batches: int) -> None:
+        self._tell("begins", batches)
+
     def _tell(self, event: str, *arguments: Any) -> None:
         with contextlib.suppress(OSError):  # the parent is gone, which `stop_asked` finds
             self._connection.send((event, arguments))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from l2t_fast.choices import METHODS, Export, Memory, Mode, Precision, Scheme
+from l2t_fast.choices import METHODS, Export, Memory, Mode, Precision, Scheme, Tracker
 from l2t_fast.data.options import DataConfig, DataOptions
 
 
@@ -112,6 +112,10 @@ class TrainConfig:
     export: tuple[Export, ...] = ()
     """also write the trained target, its weights that are best by validation, in these formats, one or several:
     target.safetensors, target.pt2 (torch.export), target.onnx"""
+    log: tuple[Tracker, ...] = ()
+    """also write TensorBoard event files, or CSV files, beside each metrics.jsonl"""
+    quiet: bool = False
+    """print errors alone"""
     data: DataConfig = field(default_factory=DataConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -151,6 +155,10 @@ class TableConfig:
     """CPU threads of each of them; by default the cores are divided among them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
+    log: tuple[Tracker, ...] = ()
+    """also write TensorBoard event files, or CSV files, beside each metrics.jsonl"""
+    quiet: bool = False
+    """print errors alone"""
     data: DataOptions = field(default_factory=DataOptions)
     source: SourceConfig = field(default_factory=SourceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -175,5 +183,9 @@ class PretrainConfig:
     """random seed, 0 by default"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
+    log: tuple[Tracker, ...] = ()
+    """also write TensorBoard event files, or CSV files, beside each metrics.jsonl"""
+    quiet: bool = False
+    """print errors alone"""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -18,9 +18,11 @@ from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import DamagedFileError, Interrupted, L2TError, ReadError
 from l2t_fast.files import check_room, keep_as, load_checkpoint, make_folder, save_checkpoint
 from l2t_fast.learner.undisturbed import modes_kept
+from l2t_fast.training.learned import pair_names
 from l2t_fast.training.log import Log
 from l2t_fast.training.state import State, check_finite, checkpoint_content, restore, size_of
-from l2t_fast.training.watch import Watch
+from l2t_fast.training.trackers import Together
+from l2t_fast.training.watch import Training, Watch
 
 _EVAL_BATCH = 250
 _SAVE_EVERY = 10.0  # seconds between two checkpoints: a few hundred images take less time than a large network's file
@@ -47,6 +49,8 @@ def fit(
     schedule: Schedule,
     watch: Watch,
     made: Mapping[str, str] | None = None,
+    callbacks: Sequence[object] = (),
+    title: str = "",
 ) -> dict[str, Any]:
     """Trains `engine`, whose learner's target is `network`, and returns accuracies on the test set.
 
@@ -55,6 +59,7 @@ def fit(
     best.pt, the weights that were best by validation: after the first epoch, after later ones when ten seconds have
     passed since, at the end and when stopped. before.pt is the last.pt before it: from there the training goes on where
     last.pt is damaged, and says so. `made` says what the training is made of: a checkpoint of another one is refused.
+    `callbacks` are told of it under this `title`: each a `training.watch.Callback`, or a logger as Lightning has them.
 
     Raises:
         Interrupted: `watch.stop_asked()`; all is saved.
@@ -74,7 +79,15 @@ def fit(
     state = _restored(last, before, engine, made, watch)
     if state.epoch or state.iteration:
         watch.resumed(state.epoch, state.iteration)
-    log = Log(folder / "metrics.jsonl", (state.epoch, state.iteration), last, engine.learner.pairs)
+    told = Together(callbacks)
+
+    def tell(row: dict[str, Any]) -> None:
+        metrics = dict(row)
+        told.on_iteration(engine, metrics.pop("epoch"), metrics.pop("iteration"), metrics)
+
+    log = Log(folder / "metrics.jsonl", (state.epoch, state.iteration), last, engine.learner.pairs, tell)
+    names, place = pair_names(engine.learner), (state.epoch, state.iteration)
+    told.on_start(Training(title, folder, engine, names, data, schedule.epochs, batches, *place, made))
 
     best: dict[str, Tensor] = {}  # weights that are not in best.pt yet
     saved = -math.inf
@@ -111,6 +124,7 @@ def fit(
                     best.update(_weights(network))
             state.epoch, state.iteration = state.epoch + 1, 0
             log.write(row)  # first: a line without its checkpoint is dropped on resuming, the reverse would be missed
+            told.on_epoch(row)
             if perf_counter() - saved >= _SAVE_EVERY or state.epoch == schedule.epochs:
                 save()
             watch.epoch(row)
@@ -121,6 +135,8 @@ def fit(
         if isinstance(stopped, ReadError):
             watch.say(f"{last} holds what was learned until an image could not be read\n")
         raise
+    finally:
+        told.on_end()
     return {**result, "seconds": round(state.seconds, 3), "iterations": batches * schedule.epochs}
 
 
