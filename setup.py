@@ -15,7 +15,14 @@ EXTRAS = {
     "submitit": ["submitit>=1.5"],
 }
 # What the tests of exactness need; those of extras are skipped where these are missing.
-TEST = [*EXTRAS["digits"], "hypothesis>=6.100", "pytest>=8.2", "pytest-benchmark>=5.0", "pytest-xdist>=3.6"]
+TEST = [
+    *EXTRAS["digits"],
+    *EXTRAS["timm"],
+    "hypothesis>=6.100",
+    "pytest>=8.2",
+    "pytest-benchmark>=5.0",
+    "pytest-xdist>=3.6",
+]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 KERNELS = ["l2t_fast.kernels", *(f"l2t_fast.kernels.{name}" for name in find_packages("kernels"))]
 
