@@ -129,6 +129,18 @@ def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:
     inspection.inspect(run, _Output())
 
 
+def report(run: Annotated[Path, tyro.conf.Positional], results: Path | None = None) -> None:
+    """Write RUN/report.html, one page with all of a run or a table, finished or not: curves, pairs, tables, timings.
+
+    Args:
+        run: folder of a run or of a table
+        results: a file of `python -m benchmarks`, to show measured iterations beside their floors
+    """
+    from l2t_fast.reports import page
+
+    page.report(run, _Output(), results)
+
+
 def bench() -> None:
     """Measure: the same as `python -m benchmarks` in a checkout (`l2t-fast bench --help`)."""
 
@@ -154,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "table": table,
         "pretrain": pretrain,
         "inspect": inspect,
+        "report": report,
         "bench": bench,
     }
     be_patient()
