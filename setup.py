@@ -36,7 +36,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["l2t_fast*"]), *KERNELS],
     package_dir={"l2t_fast.kernels": "kernels"},
-    package_data={"l2t_fast": ["py.typed"]},
+    package_data={"l2t_fast": ["py.typed"], "l2t_fast.reports": ["report.html"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

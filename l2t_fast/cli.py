@@ -166,6 +166,18 @@ def doctor(runs: Path = Path("runs")) -> None:
     doctor.examine(runs, _Output())
 
 
+def report(run: Annotated[Path, tyro.conf.Positional], results: Path | None = None) -> None:
+    """Write RUN/report.html, one page with all of a run or a table, finished or not: curves, pairs, tables, timings.
+
+    Args:
+        run: folder of a run or of a table
+        results: a file of `python -m benchmarks`, to show measured iterations beside their floors
+    """
+    from l2t_fast.reports import page
+
+    page.report(run, _Output(), results)
+
+
 def bench() -> None:
     """Measure: the same as `python -m benchmarks` in a checkout (`l2t-fast bench --help`)."""
 
@@ -192,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "pretrain": pretrain,
         "inspect": inspect,
         "doctor": doctor,
+        "report": report,
         "bench": bench,
     }
     be_patient()

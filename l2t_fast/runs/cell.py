@@ -1,7 +1,7 @@
 """One training: the networks of a run, and a method with a seed (a cell of a table), in a folder of its own.
 
-METHOD/seed-K/   metrics.jsonl, last.pt, best.pt, learned.json and pictures where weights were learned, and then
-                 result.json: the cell is done; target.* where the target is exported
+METHOD/seed-K/   metrics.jsonl, last.pt, best.pt, pairs.json, learned.json and pictures where weights were learned, and
+                 then result.json: the cell is done; target.* where the target is exported
 source/          (source-1/, source-2/, ... of several) the same of a source network, and source.pt: its checkpoint
 """
 
@@ -75,6 +75,8 @@ def train_cell(
     if not (folder / "result.json").exists():
         title, epochs = f"{name}, seed {seed}", config.optim.epochs or 0
         what = {"--method": name, **cell_settings(config)}
+        if len(learner.what) or len(learner.where):
+            save_text(folder / "pairs.json", json.dumps(_named_pairs(learner)) + "\n")
         with within_memory(lambda: _OUTSIDE):
             result = _fit(folder, title, config, seed, epochs, target, learner, data, watch, what, callbacks)
         if len(learner.what) or len(learner.where):
@@ -133,12 +135,8 @@ def _fit(
 
 def _write_learned(cell: Path, learner: L2T, data: Data, title: str) -> None:
     """learned.json and the pictures of it: λ over the epochs, w at the end."""
-    names = pair_names(learner)
-    learned: dict[str, Any] = {
-        "pairs": names,
-        "source": [learner.source_layers[s][m] for s, m, _ in learner.pairs],
-        "target": [learner.target_layers[n] for _, _, n in learner.pairs],
-    }
+    learned: dict[str, Any] = dict(_named_pairs(learner))
+    names = learned["pairs"]
     device = next(learner.parameters()).device
     count = min(_PICTURE_IMAGES, len(data.train))
     spread = torch.linspace(0, len(data.train) - 1, count).long()  # they may be sorted by class
@@ -156,3 +154,12 @@ def _write_learned(cell: Path, learner: L2T, data: Data, title: str) -> None:
         plots.plot_channel_weights(cell / "channel_weights.png", [x.numpy() for x in w], names, title)
         learned["channels"] = [peakedness(x) for x in w]
     save_text(cell / "learned.json", json.dumps(learned) + "\n")
+
+
+def _named_pairs(learner: L2T) -> dict[str, list[str]]:
+    """What learned.json has of the pairs, and before there is one pairs.json."""
+    return {
+        "pairs": pair_names(learner),
+        "source": [learner.source_layers[s][m] for s, m, _ in learner.pairs],
+        "target": [learner.target_layers[n] for _, _, n in learner.pairs],
+    }

@@ -21,7 +21,9 @@ from l2t_fast.files import check_there, make_folder
 from l2t_fast.reports.column import Problems, read_column
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs.build import find_device
+from l2t_fast.runs.folder import write_problems
 from l2t_fast.runs.lock import alone, begun, check_free
+from l2t_fast.runs.machine import note_machine
 from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch
 from l2t_fast.runs.tasks import CellTask, column_tasks
@@ -117,6 +119,7 @@ def _train(
 ) -> None:
     methods = config.method or ()
     save_config(config, folder / "config.json")
+    note_machine(folder, device)
     list_skipped(folder, config)
     console.print(Text.assemble("folder of the run: ", (str(folder), "bold")), soft_wrap=True)
     sources, cells = column_tasks(folder, folder, config, methods, device)
@@ -131,6 +134,7 @@ def _train(
     problems: Problems = {}
     for cell, why in failed:
         problems.setdefault(cell.method, {})[str(cell.seed)] = why
+    write_problems(folder, config, problems)
     column = read_column(folder, config, problems)
     for table in write_tables(folder, column.title, [column], methods):
         console.print(table)

@@ -20,27 +20,27 @@ from rich.text import Text
 from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import check_there, writing
 from l2t_fast.methods import find_method
-from l2t_fast.reports.column import Problems, read_column, read_problems
+from l2t_fast.reports.column import Problems, read_table
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs import workers
 from l2t_fast.runs.build import find_device
 from l2t_fast.runs.device import cores
 from l2t_fast.runs.folder import (
     check_column,
-    in_order,
     only_command,
     open_table,
     shared_sources,
     write_problems,
     write_settings,
 )
+from l2t_fast.runs.machine import note_machine
 from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, StopSignal
 from l2t_fast.runs.tasks import CellTask, SourceTask, column_tasks
 from l2t_fast.settings.columns import column_configs
 from l2t_fast.settings.defaults import check_flag
 from l2t_fast.settings.options import TableConfig, TrainConfig
-from l2t_fast.settings.stored import load_config, save_config
+from l2t_fast.settings.stored import save_config
 
 
 def run(config: TableConfig, console: Console) -> bool:
@@ -69,6 +69,7 @@ def run(config: TableConfig, console: Console) -> bool:
     with only_command(folder, columns.values()):
         # The number of threads decides in which order sums are taken: a table keeps it.
         save_config(dataclasses.replace(config, threads=threads), folder / "table.json")
+        note_machine(folder, device, threads=threads, jobs=jobs)
         for name, column in columns.items():
             write_settings(folder, column)
             list_skipped(folder / name, column)
@@ -134,11 +135,7 @@ def _side_by_side(config: TableConfig, cells: int, device: torch.device) -> tupl
 
 def _report(folder: Path, console: Console) -> None:
     """Prints the table of all that the folder has, and writes it."""
-    paths = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_ctime)
-    configs = {path.parent: load_config(path) for path in paths}
-    methods = in_order({method for config in configs.values() for method in config.method or ()})
-    columns = [read_column(column, config, read_problems(column)) for column, config in configs.items()]
-    title = columns[0].title if len(columns) == 1 else f"{folder.name}: accuracy on the test set (%)"
+    title, columns, methods = read_table(folder)
     for table in write_tables(folder, title, columns, methods):
         console.print(table)
     console.print(f"table, numbers and pictures are in {folder}", highlight=False, soft_wrap=True, markup=False)

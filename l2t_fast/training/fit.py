@@ -137,7 +137,10 @@ def fit(
         raise
     finally:
         told.on_end()
-    return {**result, "seconds": round(state.seconds, 3), "iterations": batches * schedule.epochs}
+    full, rest = divmod(len(data.train), schedule.batch_size)
+    images = full * schedule.batch_size + (rest if full < batches else 0)  # of an epoch
+    counts = {"iterations": batches * schedule.epochs, "images": images * schedule.epochs}
+    return {**result, "seconds": round(state.seconds, 3), **counts}
 
 
 def _restored(last: Path, before: Path, engine: Engine, made: Mapping[str, str], watch: Watch) -> State:
