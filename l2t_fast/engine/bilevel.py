@@ -9,8 +9,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine.inner_step import Theta
-from l2t_fast.kernels.sgd.rule import SGD
-from l2t_fast.kernels.sgd.step import sgd_adjoint_, sgd_step
+from l2t_fast.engine.update import Kept, Update
 from l2t_fast.learner.hooks import sweeping
 
 Outer = Callable[[Theta], Tensor]
@@ -56,6 +55,7 @@ class _Step(NamedTuple):
     dtypes: dict[str, torch.dtype]  # of ∇θ there
     g: dict[str, GradientEdge]  # the ends of the graph of ∇θ, whose values are used up; none under memory="recompute"
     surroundings: Any  # at its start, under "recompute"
+    kept: Kept | None  # what the adjoint of the update reads
 
 
 @torch.no_grad()
@@ -64,17 +64,16 @@ def meta_gradient(
     gradient: StepGradient,
     outer: Outer,
     theta: Theta,
-    momentum: Theta,
+    state: list[Tensor],
     a: Sequence[Sequence[Tensor]],
-    lr: Tensor,
-    rule: SGD,
+    update: Update,
     memory: Memory,
     surroundings: Surroundings | None = None,
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """(L_meta, dL_meta/da), exact to second order through all steps; θ and momentum stay as they are.
+    """(L_meta, dL_meta/da), exact to second order through all steps; θ and the optimizer's state stay as they are.
 
     a: of each batch, a [B, C_s] for each pair. Reverse over reverse: each step's gradient is a graph of its own from
-    its θ and a, and the SGD rule between two of them is stepped and swept by hand, in one pass over memory each. The
+    its θ and a, and the update between two of them is stepped and swept by hand, in one pass over memory each. The
     first step's θ is a constant, so that no Hessian product with respect to it is ever formed. With "save" the graphs
     of all steps are kept, with "recompute" each is built once more when it is swept, in the `surroundings` that it had.
     """
@@ -83,21 +82,21 @@ def meta_gradient(
     total: list[list[Tensor | None]] = [[None] * len(of_batch) for of_batch in a]
     keep, around = memory == "save", None if memory == "save" else surroundings
 
-    steps, theta = _unroll(kinds, gradient, theta, momentum, coefficients, lr, rule, keep, around)
+    steps, theta = _unroll(kinds, gradient, theta, state, coefficients, update, keep, around)
     with torch.enable_grad():
         loss = outer(theta)
     end = around.read() if around is not None else None
-    # u: cotangents of θ and of the momentum where a step ends; both are overwritten as the sweep goes on.
+    # u: cotangents of θ and of the optimizer's state where a step ends; both are overwritten as the sweep goes on.
     ones = {"loss": torch.ones_like(loss)}
     u_theta = _owned(_grad(_edges({"loss": loss}), list(theta.values()), ones), list(theta.values()))
-    u_momentum: list[Tensor] | None = None
+    u_state: list[Tensor] | None = None
     loss = loss.detach()
     while steps:
         step = steps.pop()
         kind, theta, g = kinds[len(steps)], step.theta, step.g
         of_batch, sums = coefficients[kind.batch], total[kind.batch]
         dtypes = [step.dtypes.get(name) for name in names]
-        cotangents, u_momentum = sgd_adjoint_(u_theta, u_momentum, dtypes, lr, rule)
+        cotangents, u_state = update.adjoint_(u_theta, u_state, dtypes, step.kept)
         g_bar = dict(zip(names, cotangents, strict=True))
         if not keep:
             if around is not None:
@@ -123,10 +122,9 @@ def _unroll(
     kinds: Sequence[Kind],
     gradient: StepGradient,
     theta: Theta,
-    momentum: Theta,
+    state: list[Tensor],
     coefficients: Sequence[list[Tensor]],
-    lr: Tensor,
-    rule: SGD,
+    update: Update,
     keep: bool,
     around: Surroundings | None,
 ) -> tuple[list[_Step], Theta]:
@@ -136,15 +134,17 @@ def _unroll(
     reached: set[str] = set()  # parameters that depend on a by now; none in the first step
     for kind in kinds:
         start = {name: p.requires_grad_(name in reached) for name, p in theta.items()}
-        state = around.read() if around is not None else None
+        surroundings = around.read() if around is not None else None
         with torch.enable_grad():
             g = gradient(kind, start, coefficients[kind.batch])
-        steps.append(_Step(start, {name: x.dtype for name, x in g.items()}, _edges(g) if keep else {}, state))
-        reached = reached.union(name for name, x in g.items() if x.requires_grad)
+        found = {name for name, x in g.items() if x.requires_grad}
+        reached |= set(theta) if found and update.mixes else found
         grads = [g.get(name) for name in theta]
-        new = sgd_step(list(theta.values()), list(momentum.values()), grads, lr, rule)
+        moved, state, kept = update.step(list(theta.values()), state, grads)
+        dtypes = {name: x.dtype for name, x in g.items()}
+        steps.append(_Step(start, dtypes, _edges(g) if keep else {}, surroundings, kept))
         del g, grads  # and with them, unless it is kept, the graph
-        theta, momentum = (dict(zip(theta, tensors, strict=True)) for tensors in new)
+        theta = dict(zip(theta, moved, strict=True))
     return steps, {name: p.requires_grad_(name in reached) for name, p in theta.items()}
 
 

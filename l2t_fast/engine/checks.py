@@ -10,7 +10,10 @@ from l2t_fast.bounds import check_number, shown
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine.inner_step import parameters
 from l2t_fast.engine.loss import Loss
+from l2t_fast.engine.update import Rule
 from l2t_fast.errors import L2TError
+from l2t_fast.kernels.adamw.rule import AdamW
+from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.learner import L2T
 
 Images = Tensor | Sequence[Tensor]
@@ -26,6 +29,31 @@ def check_settings(words: Mapping[str, str], numbers: Mapping[str, Any], nestero
         check_number(name, value)
     if nesterov and not numbers["momentum"]:
         raise L2TError("nesterov=True needs momentum > 0.")
+
+
+def choose_rule(rule: Any, momentum: float, weight_decay: float, nesterov: bool) -> Rule:
+    """The rule that θ moves by: that given, or SGD.
+
+    Raises:
+        L2TError: it is none, its numbers are out of bounds, or those of SGD are given beside it.
+    """
+    usual = SGD()
+    if rule is None:
+        return SGD(momentum, weight_decay, nesterov)
+    if (momentum, weight_decay, nesterov) != (usual.momentum, usual.weight_decay, usual.nesterov):
+        raise L2TError("optimizer= has its own momentum, weight_decay and nesterov: say them there.")
+    if isinstance(rule, SGD):
+        numbers = {"momentum": rule.momentum, "weight_decay": rule.weight_decay}
+        if rule.nesterov and not rule.momentum:
+            raise L2TError("nesterov=True needs momentum > 0.")
+    elif isinstance(rule, AdamW) and isinstance(rule.betas, tuple) and len(rule.betas) == 2:
+        numbers = {"beta1": rule.betas[0], "beta2": rule.betas[1], "eps": rule.eps, "weight_decay": rule.weight_decay}
+    else:
+        raise L2TError(f"optimizer={shown(rule)} is not to be had: use l2t_fast.SGD(...) or l2t_fast.AdamW(...).")
+    for name, value in numbers.items():
+        check_number(name, value)
+    chosen: Rule = rule
+    return chosen
 
 
 def check_target(learner: L2T, theta: Mapping[str, Tensor]) -> None:

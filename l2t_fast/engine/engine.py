@@ -1,7 +1,9 @@
 """The engine: runs iterations on a learner, launch by launch, captured or compiled."""
 
+import contextlib
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -14,17 +16,17 @@ from l2t_fast.engine import checks
 from l2t_fast.engine.capture import CaptureError, Graphs
 from l2t_fast.engine.checks import Images
 from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, units_of
-from l2t_fast.engine.inner_step import LossFunction
+from l2t_fast.engine.inner_step import LossFunction, parameters
 from l2t_fast.engine.iteration import Iteration
 from l2t_fast.engine.loss import Loss, settings_of_loss
 from l2t_fast.engine.memory import advice, within_memory
 from l2t_fast.engine.modes import Draws, check_capture, choose_mode
+from l2t_fast.engine.optimizer import EngineOptimizer
 from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible
-from l2t_fast.engine.second_order import SecondOrder
 from l2t_fast.engine.state import Trained, check_fits
-from l2t_fast.engine.trials import try_loss_on, try_target
+from l2t_fast.engine.trials import Trials
+from l2t_fast.engine.update import Rule, make_update
 from l2t_fast.errors import L2TError
-from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.attributes import settings_of
 from l2t_fast.learner.generators import Generators, device_drew, generators_kept, host_drew, read_generators
 from l2t_fast.learner.learner import L2T
@@ -64,10 +66,14 @@ class Engine:
             whatever T is, for one more forward and backward pass a step.
         loss: L_org, and of the held-out batch L_meta: any function of the target's outputs and the labels that gives a
             scalar and has a second derivative. It is tried on the first batch.
+        optimizer: of θ, `SGD(...)` or `AdamW(...)` instead of momentum, weight_decay and nesterov.
+        groups: {"params": parameters, "lr": ..., "weight_decay": ...}, as torch.optim takes them; see `make_update`.
+        max_grad_norm: the gradient of each real and simulated step is clipped to this global norm.
         say: gets what "auto" picks, the progress of compiling and fallbacks, as pieces of text; stderr by default.
 
     Attributes:
-        lr, meta_lr: may be set at any time, also between replays.
+        lr, meta_lr: may be set at any time, also between replays; lr is that of all groups without one of their own.
+        optimizer: a `torch.optim.Optimizer` for schedules and trainers; the engine takes its steps by itself.
         mode: the mode that runs; `why`: why "auto" picked it.
         smallest_batch: 2 with BatchNorm in the target, else 1. needs_val: whether `step` needs `val`.
 
@@ -93,6 +99,9 @@ class Engine:
         precision: Precision = "fp32",
         memory: Memory = "save",
         loss: LossFunction = F.cross_entropy,
+        optimizer: Rule | None = None,
+        groups: Sequence[Mapping[str, Any]] = (),
+        max_grad_norm: float | None = None,
         say: Say = say_on_stderr,
     ) -> None:
         checks.check_settings(
@@ -105,6 +114,7 @@ class Engine:
                 "meta_weight_decay": meta_weight_decay,
                 "beta": beta,
                 "inner_steps": inner_steps,
+                **({} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}),
             },
             nesterov,
         )
@@ -121,17 +131,19 @@ class Engine:
         self.scheme, self.precision, self.memory = scheme, precision, memory
         self._auto, self._say = mode == "auto", say
         lay_out([*learner.sources, learner.target], precision)
-        self.trained = Trained.of(learner, SGD(momentum, weight_decay, nesterov), lr, meta_lr, meta_weight_decay)
-        self._lr_value, self._meta_lr_value = float(lr), float(meta_lr)
+        rule = checks.choose_rule(optimizer, momentum, weight_decay, nesterov)
+        theta = parameters(learner)
+        update = make_update(rule, lr, groups, max_grad_norm, theta)
+        self.trained = Trained.of(learner, theta, update, meta_lr, meta_weight_decay)
+        self.optimizer = EngineOptimizer(self, lr)
+        self._rates, self._meta_lr_value = self.optimizer.rates(), float(meta_lr)
         self.loss, self._loss = loss, Loss.of(loss, learner.target_network.output_shape)
         self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory, self._loss)
         self._plain = plain_steps(learner, beta, loss=loss)
         self._compiled: tuple[tuple[Any, ...], Steps] | None = None  # for inputs of these shapes
         self._draws: Draws | None = None  # not looked at yet
         self._labels_seen = self._evaluation_said = self._sets_attributes = False
-        self._examined_in = self._modes()
-        self._second_order = self._examined()
-        self._losses_tried: dict[Any, SecondOrder] = {}
+        self._trials = Trials(learner, theta, loss, meta=bool(self.trained.phi))
         self._settings = self._settings_now()
         self._graphs = self._new_graphs()
         self.needs_val = scheme == "simulation" and bool(self.trained.phi)
@@ -144,13 +156,14 @@ class Engine:
     @property
     def lr(self) -> float:
         """α, the learning rate of θ."""
-        return self._lr_value
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @lr.setter
     def lr(self, value: float) -> None:
         check_number("lr", value)
-        self._lr_value = float(value)
-        self.trained.lr.fill_(self._lr_value)
+        for group, options in zip(self.trained.update.groups, self.optimizer.param_groups, strict=True):
+            if group.follows:
+                options["lr"] = float(value)
 
     @property
     def meta_lr(self) -> float:
@@ -186,8 +199,12 @@ class Engine:
                 the first steps, a model that cannot be compiled or captured. Whatever is raised, θ, φ, momentum and
                 buffers are as before.
         """
-        tensors = self._check(x, y, val)
-        with arithmetic(self.precision, self._device), self._twice_differentiable(), self._within_memory(tensors):
+        metrics = self._step(self._check(x, y, val))
+        self.optimizer.stepped()
+        return metrics
+
+    def _step(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        with self._computing(tensors):
             if self.mode != "eager":
                 self._drop_what_is_stale()
             if self.mode == "compile" and self._compiled is None:
@@ -214,12 +231,7 @@ class Engine:
         tensors = self._ready(self._check(x, y, val))
         if self.mode != "eager":
             self._drop_what_is_stale()
-        with (
-            generators_kept(self._device),
-            arithmetic(self.precision, self._device),
-            self._twice_differentiable(),
-            self._within_memory(tensors),
-        ):
+        with generators_kept(self._device), self._computing(tensors):
             _, grads = self._simulate(self._steps(tensors), tensors)
         return dict(zip(self.trained.phi, grads, strict=True))
 
@@ -229,7 +241,8 @@ class Engine:
         The tensors are the engine's own, as in torch: copy them to keep them over the next step.
         """
         adam = self.trained.adam_state(self._meta_lr_value)
-        return {**self.trained.groups(self.learner), "adam": adam, "lr": self.lr}
+        rates = self.optimizer.rates()
+        return {**self.trained.groups(self.learner), "adam": adam, "lr": rates if len(rates) > 1 else self.lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave; the values are copied into the present tensors.
@@ -238,7 +251,7 @@ class Engine:
             L2TError: a state of another learner or of something else; nothing is changed then.
         """
         groups = self.trained.groups(self.learner)
-        check_fits(state, groups)
+        check_fits(state, groups, len(self._rates))
         if self.trained.adam is not None:
             meta_lr, in_place = self.trained.load_adam(state["adam"])
             if not in_place:
@@ -248,7 +261,10 @@ class Engine:
             for group, tensors in groups.items():
                 for name, tensor in tensors.items():
                     tensor.copy_(state[group][name])
-        self.lr = state["lr"]
+        rates = state["lr"] if len(self._rates) > 1 else [state["lr"]]
+        for options, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            options["lr"] = float(lr)
+        self._read_rates()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -258,34 +274,22 @@ class Engine:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise L2TError("an Engine cannot be copied or pickled: make a new one, and load its state_dict().")
 
-    def _modes(self) -> list[bool]:
-        return [module.training for module in self.learner.target.modules()]
-
-    def _examined(self) -> SecondOrder | None:
-        return try_target(self.learner, self.trained.theta, meta=bool(self.trained.phi))
-
-    def _twice_differentiable(self) -> Any:
-        ways = [self._second_order or SecondOrder(), *self._losses_tried.values()]
-        return SecondOrder(replace=any(way.replace for way in ways)).context()
+    def _read_rates(self) -> None:
+        """Takes over learning rates that were set in the groups of `optimizer`, where a captured graph reads them."""
+        for i, lr in enumerate(self.optimizer.rates()):
+            if lr != self._rates[i]:
+                self._rates[i] = lr
+                self.trained.update.groups[i].lr.fill_(lr)
 
     def _settings_now(self) -> list[Any]:
         """What a captured or compiled iteration has frozen."""
         return [settings_of(self.learner.target), settings_of_loss(self.loss)]
 
-    def _try_loss(self, x: Tensor, y: Tensor) -> None:
-        """Where it is not the usual one, once for each kind of labels."""
-        kind = (y.dtype, y.dim())
-        if self.loss is not F.cross_entropy and kind not in self._losses_tried:
-            with arithmetic("fp32", self._device), SecondOrder().context():
-                where = x.to(self._device), y.to(self._device)
-                self._losses_tried[kind] = try_loss_on(self.learner, self.loss, *where, meta=bool(self.trained.phi))
-
-    def _within_memory(self, tensors: Sequence[Tensor]) -> Any:
-        def some(count: int) -> list[Tensor]:
-            return self._ready([t[:count] for t in tensors])
-
-        batch = len(tensors[0])
-        return within_memory(lambda: advice(self._iteration, self._plain, some, batch, self.precision))
+    @contextlib.contextmanager
+    def _computing(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        explained = functools.partial(advice, self._iteration, self._plain, tensors, self._ready, self.precision)
+        with arithmetic(self.precision, self._device), self._trials.context(), within_memory(explained):
+            yield
 
     def _new_graphs(self) -> Graphs | None:
         captures = self.mode != "eager" and self._device.type == "cuda"
@@ -359,7 +363,7 @@ class Engine:
         """(L_meta, dL_meta/dφ) from the present θ and momentum."""
         theta = {name: p.detach() for name, p in self.trained.theta.items()}
         matched = self._iteration.matching(steps, tensors)
-        return self._iteration.meta_gradient(steps, matched, theta, self.trained.momentum, draws=self._may_draw)
+        return self._iteration.meta_gradient(steps, matched, theta, self.trained.row(), draws=self._may_draw)
 
     @property
     def _may_draw(self) -> bool:
@@ -368,6 +372,7 @@ class Engine:
     def _check(self, x: Images, y: Images, val: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """x, y of each batch and then of L_meta's own in a row, those that an iteration reads; or an L2TError."""
         meta = bool(self.trained.phi)
+        self._read_rates()
         batches = checks.batches_in_a_row(x, y, val, self.scheme, self.inner_steps, meta)
         smallest, like = self.smallest_batch, next(iter(self.trained.theta.values()))
         for images_, labels in batches:
@@ -377,8 +382,6 @@ class Engine:
         for source in self.learner.sources:
             if any(module.training for module in source.modules()):
                 source.eval()
-        if (modes := self._modes()) != self._examined_in:  # which another forward pass may come from
-            self._second_order, self._examined_in = self._examined(), modes
         if not self.learner.target.training and not self._evaluation_said:
             self._say(
                 "l2t_fast: the target is in evaluation mode, and trains so: BatchNorm by its running statistics, no "
@@ -386,12 +389,11 @@ class Engine:
             )
             self._evaluation_said = True
         batches = batches if meta else batches[:1]
-        for batch in batches:
-            self._try_loss(*batch)
+        self._trials.look(batches)
         return [tensor for batch in batches for tensor in batch]
 
 
-_FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "memory", "loss"))
+_FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "memory", "loss", "optimizer"))
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

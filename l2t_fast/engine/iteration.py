@@ -15,7 +15,6 @@ from l2t_fast.engine.loss import Loss
 from l2t_fast.engine.state import Trained
 from l2t_fast.engine.surroundings import RealSurroundings, SimulatedSurroundings
 from l2t_fast.kernels.beside import beside, joined
-from l2t_fast.kernels.sgd.step import sgd_step, sgd_step_
 from l2t_fast.learner.learner import L2T
 
 Metrics = dict[str, Tensor]
@@ -53,22 +52,22 @@ class Iteration:
         try:
             real = self.real_gradient(steps, matched.batches[0])
             grads = [real.theta.get(name) for name in trained.theta]
-            theta, momentum = [p.detach() for p in trained.theta.values()], list(trained.momentum.values())
+            theta, state = [p.detach() for p in trained.theta.values()], trained.row()
             if trained.adam is None:
-                sgd_step_(theta, momentum, grads, trained.lr, trained.rule)
+                trained.update.step_(theta, state, grads)
                 around.settle(real.buffers)
                 return self._metrics(real, matched)
-            new_theta, new_momentum = sgd_step(theta, momentum, grads, trained.lr, trained.rule)
+            new_theta, new_state, _ = trained.update.step(theta, state, grads)
             around.settle(real.buffers)
-            start = (dict(zip(trained.theta, new, strict=True)) for new in (new_theta, new_momentum))
+            start = dict(zip(trained.theta, new_theta, strict=True))
             metrics = self._metrics(real, matched)
             del real, grads  # what is kept for the simulated steps is enough
-            metrics["meta_loss"], of_phi = self.meta_gradient(steps, matched, *start, draws=draws)
+            metrics["meta_loss"], of_phi = self.meta_gradient(steps, matched, start, new_state, draws=draws)
         except BaseException:
             around.put_back()
             raise
         torch._foreach_copy_(theta, new_theta)
-        torch._foreach_copy_(momentum, new_momentum)
+        torch._foreach_copy_(state, new_state)
         for p, g in zip(trained.phi.values(), of_phi, strict=True):
             p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)  # fused Adam wants them alike
         trained.adam.step()
@@ -110,13 +109,13 @@ class Iteration:
         return found
 
     def meta_gradient(
-        self, steps: Steps, matched: Matching, theta: Theta, momentum: Theta, *, draws: bool
+        self, steps: Steps, matched: Matching, theta: Theta, state: list[Tensor], *, draws: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """(L_meta, dL_meta/dφ) simulated from θ and momentum, which stay as they are, as do buffers and attributes.
+        """(L_meta, dL_meta/dφ) simulated from θ and its optimizer's state; these, buffers and attributes stay.
 
         The derivative to a is summed over the steps, then pulled back through f and g once.
         """
-        around = SimulatedSurroundings(self.learner.target_network, self.trained.lr.device, draws)
+        around = SimulatedSurroundings(self.learner.target_network, self.trained.device, draws)
 
         def gradient(kind: Kind, theta: Theta, a: list[Tensor]) -> Theta:
             around.begin()
@@ -135,10 +134,9 @@ class Iteration:
                 gradient,
                 outer,
                 theta,
-                momentum,
+                state,
                 matched.a,
-                self.trained.lr,
-                self.trained.rule,
+                self.trained.update,
                 self.memory,
                 around,
             )

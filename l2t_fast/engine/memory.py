@@ -80,14 +80,19 @@ def within_memory(explain: Callable[[], str]) -> Iterator[None]:
 
 
 def advice(
-    iteration: Iteration, steps: Steps, some: Callable[[int], Sequence[Tensor]], batch: int, precision: Precision
+    iteration: Iteration,
+    steps: Steps,
+    tensors: Sequence[Tensor],
+    ready: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    precision: Precision,
 ) -> str:
-    """How much memory an iteration on `batch` images needs, what there is, and what would help.
+    """How much memory an iteration on `tensors` needs, when they are made `ready`; what there is, what would help."""
 
-    Args:
-        some: the tensors of an iteration, of so many images.
-    """
-    device = iteration.trained.lr.device
+    def some(count: int) -> Sequence[Tensor]:
+        return ready([t[:count] for t in tensors])
+
+    batch = len(tensors[0])
+    device = iteration.trained.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
     free, total = free_memory(device)
@@ -127,7 +132,7 @@ def _at(affine: tuple[float, float], batch: int) -> float:
 
 def _peak(iteration: Iteration, steps: Steps, tensors: Sequence[Tensor]) -> int:
     """Bytes alive at most in an iteration that changes nothing."""
-    trained, device = iteration.trained, iteration.trained.lr.device
+    trained, device = iteration.trained, iteration.trained.device
     theta = {name: p.detach() for name, p in trained.theta.items()}
     before = 0
     if device.type == "cuda":
@@ -139,12 +144,12 @@ def _peak(iteration: Iteration, steps: Steps, tensors: Sequence[Tensor]) -> int:
         with generators_kept(device), watched if device.type != "cuda" else contextlib.nullcontext():
             matched = iteration.matching(steps, tensors)
             if trained.phi:
-                iteration.meta_gradient(steps, matched, theta, trained.momentum, draws=True)
+                iteration.meta_gradient(steps, matched, theta, trained.row(), draws=True)
             else:
                 iteration.real_gradient(steps, matched.batches[0])
     finally:
         around.put_back()
-    beside = 2 * sum(p.numel() * p.element_size() for p in theta.values())  # θ and momentum after the real step
+    beside = sum(p.numel() * p.element_size() for p in [*theta.values(), *trained.row()])  # both after the real step
     return beside + (torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else watched.peak)
 
 

@@ -1,0 +1,230 @@
+"""How θ moves along its gradient: clipping, then the rule of each group of parameters; a step and its adjoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2t_fast.bounds import check_number, shown
+from l2t_fast.engine.inner_step import Theta
+from l2t_fast.errors import L2TError
+from l2t_fast.kernels.adamw.rule import AdamW
+from l2t_fast.kernels.adamw.step import Moments, adamw_adjoint_, adamw_step
+from l2t_fast.kernels.clipping import clip, clip_adjoint, clipped
+from l2t_fast.kernels.sgd.rule import SGD
+from l2t_fast.kernels.sgd.step import sgd_adjoint_, sgd_step, sgd_step_
+
+Rule = SGD | AdamW
+Tensors = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that have a learning rate and a weight decay of their own."""
+
+    members: list[int]  # their places in θ
+    lr: Tensor  # α, a scalar on the device in double: a schedule changes it under a captured graph
+    rule: Rule
+    follows: bool  # it was given no learning rate of its own
+
+
+class Kept(NamedTuple):
+    """What the adjoint of a step reads of it: ∇ as it came, its norm, the state after the step. SGD's needs none."""
+
+    g: list[Tensor | None]
+    norm: Tensor | None
+    state: Tensors
+
+
+@dataclass(frozen=True)
+class Update:
+    """The step of θ.
+
+    The state is a row of tensors: SGD's v of each parameter; of AdamW m of each, s of each, and t.
+    """
+
+    groups: list[Group]  # that with the parameters of no other group first, which may be empty
+    max_norm: float | None
+
+    @property
+    def rule(self) -> Rule:
+        """Of the first group."""
+        return self.groups[0].rule
+
+    def start(self, theta: Theta) -> dict[str, Theta]:
+        """The state at the beginning, by the names that torch gives its parts."""
+        parts = ("momentum",) if isinstance(self.rule, SGD) else ("exp_avg", "exp_avg_sq")
+        state = {part: {name: torch.zeros_like(p) for name, p in theta.items()} for part in parts}
+        if isinstance(self.rule, AdamW):
+            state["steps"] = {"steps": torch.zeros((), device=next(iter(theta.values())).device)}
+        return state
+
+    def step(self, theta: Tensors, state: Tensors, g: Sequence[Tensor | None]) -> tuple[Tensors, Tensors, Kept | None]:
+        """(θ', state', what `adjoint_` wants). ∇ may be of lower precision than θ, and None, which is zero."""
+        if self._plain:
+            group = self.groups[0]
+            return *sgd_step(theta, state, g, group.lr, group.rule), None  # type: ignore[arg-type]
+        given, norm = self._clip(theta, g)
+        moved, after = list(theta), [*state]
+        if isinstance(self.rule, AdamW):
+            after[-1] = state[-1] + 1
+        n = len(theta)
+        for group in self._used:
+            where = group.members
+            of_group = [theta[i] for i in where], [given[i] for i in where]
+            if isinstance(group.rule, SGD):
+                new, *moments = sgd_step(of_group[0], [state[i] for i in where], of_group[1], group.lr, group.rule)
+            else:
+                before = Moments([state[i] for i in where], [state[n + i] for i in where])
+                new, moments = adamw_step(of_group[0], before, of_group[1], after[-1], group.lr, group.rule)  # type: ignore[assignment]
+            for k, i in enumerate(where):
+                moved[i] = new[k]
+                for part, moment in enumerate(moments):
+                    after[part * n + i] = moment[k]
+        kept = None
+        if norm is not None or isinstance(self.rule, AdamW):
+            values = [None if x is None else x.detach() for x in g]
+            kept = Kept(values, norm, after if isinstance(self.rule, AdamW) else [])
+        return moved, after, kept
+
+    def step_(self, theta: Tensors, state: Tensors, g: Sequence[Tensor | None]) -> None:
+        """The same in place."""
+        if self._plain:
+            group = self.groups[0]
+            sgd_step_(theta, state, g, group.lr, group.rule)  # type: ignore[arg-type]
+            return
+        moved, after, _ = self.step(theta, state, g)
+        torch._foreach_copy_([*theta, *state], [*moved, *after])
+
+    def adjoint_(
+        self,
+        u_theta: Tensors,
+        u_state: Tensors | None,
+        dtypes: Sequence[torch.dtype | None],
+        kept: Kept | None,
+    ) -> tuple[list[Tensor | None], Tensors]:
+        """The adjoint of `step` in the direction (u_θ, u_state): (ḡ, of the state before); u_θ becomes θ̄ in place.
+
+        u_state: None is zero; else it is used up. dtypes: those of ∇, and so of ḡ; None where there is none.
+        """
+        if self._plain:
+            group = self.groups[0]
+            return sgd_adjoint_(u_theta, u_state, dtypes, group.lr, group.rule)  # type: ignore[arg-type]
+        n = len(u_theta)
+        wanted = dtypes
+        if self.max_norm is not None:
+            wanted = [None if d is None else u.dtype for u, d in zip(u_theta, dtypes, strict=True)]
+        g = self._wide(u_theta, kept.g) if kept is not None else []
+        given = g
+        if kept is not None and kept.norm is not None and self.max_norm is not None:
+            given = clipped(g, kept.norm, self.max_norm)
+        bar: list[Tensor | None] = [None] * n
+        before: Tensors = list(u_theta) * (1 if isinstance(self.rule, SGD) else 2)
+        for group in self._used:
+            where = group.members
+            u = [u_theta[i] for i in where]
+            moments: Sequence[Tensors]
+            if isinstance(group.rule, SGD):
+                u_v = None if u_state is None else [u_state[i] for i in where]
+                g_bar, v_bar = sgd_adjoint_(u, u_v, [wanted[i] for i in where], group.lr, group.rule)
+                moments = [v_bar]
+            else:
+                assert kept is not None
+                u_moments, after = (
+                    None if row is None else Moments([row[i] for i in where], [row[n + i] for i in where])
+                    for row in (u_state, kept.state)
+                )
+                assert after is not None
+                of_group = [given[i] for i in where]
+                g_bar, moments = adamw_adjoint_(  # type: ignore[assignment]
+                    u, u_moments, after, of_group, kept.state[-1], group.lr, group.rule
+                )
+            for k, i in enumerate(where):
+                bar[i] = None if dtypes[i] is None else g_bar[k]
+                for part, moment in enumerate(moments):
+                    before[part * n + i] = moment[k]
+        if kept is not None and kept.norm is not None and self.max_norm is not None:
+            bar = clip_adjoint(bar, g, kept.norm, self.max_norm)
+        narrow = zip(bar, dtypes, strict=True)
+        return [None if x is None or d is None else x.to(d) for x, d in narrow], before
+
+    @property
+    def mixes(self) -> bool:
+        """Whether θ' of a parameter depends on the gradients of the others."""
+        return self.max_norm is not None
+
+    @property
+    def _plain(self) -> bool:
+        """SGD of all parameters alike, which is one launch."""
+        return self.max_norm is None and len(self.groups) == 1 and isinstance(self.rule, SGD)
+
+    @property
+    def _used(self) -> list[Group]:
+        return [group for group in self.groups if group.members]
+
+    def _clip(self, theta: Tensors, g: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor | None]:
+        return (list(g), None) if self.max_norm is None else clip(self._wide(theta, g), self.max_norm)
+
+    @staticmethod
+    def _wide(theta: Tensors, g: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """∇ in the precision of θ."""
+        return [None if x is None else x.to(p.dtype) for p, x in zip(theta, g, strict=True)]
+
+
+def make_update(
+    rule: Rule, lr: float, groups: Sequence[Mapping[str, Any]], max_norm: float | None, theta: Theta
+) -> Update:
+    """groups: as torch.optim takes them, {"params": parameters, "lr": its own, "weight_decay": its own}; all parameters
+    in none of them have `lr` and the rule as it is.
+
+    Raises:
+        L2TError: a group with other options, or with parameters that are not trained here or stand in another one.
+    """
+    device = next(iter(theta.values())).device
+    places = {id(p): i for i, p in enumerate(theta.values())}
+    taken: set[int] = set()
+    made: list[Group] = []
+    for k, options in enumerate(groups):
+        what = f"group {k} of the parameters"
+        if not isinstance(options, Mapping) or "params" not in options:
+            raise L2TError(f'{what} is {shown(options)}: give {{"params": ..., "lr": ..., "weight_decay": ...}}.')
+        if unknown := sorted(map(str, options.keys() - {"params", "lr", "weight_decay"})):
+            raise L2TError(f"{what} has '{unknown[0]}': only lr and weight_decay may differ between groups.")
+        for name in ("lr", "weight_decay"):
+            check_number(name, options.get(name, 0.0))
+        members = [places[id(p)] for p in _parameters(options["params"], what) if _trained(p, places, what)]
+        if taken & set(members) or len(set(members)) < len(members):
+            raise L2TError(f"{what} has a parameter that stands in a group already: give each once.")
+        taken |= set(members)
+        own = replace(rule, weight_decay=float(options.get("weight_decay", rule.weight_decay)))
+        made.append(Group(members, _scalar(options.get("lr", lr), device), own, "lr" not in options))
+    rest = [i for i in range(len(theta)) if i not in taken]
+    return Update([Group(rest, _scalar(lr, device), rule, True), *made], max_norm)
+
+
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
+def _parameters(given: Any, what: str) -> list[Tensor]:
+    """Parameters, or (name, parameter) as of `named_parameters()`; one alone too."""
+    given = [given] if isinstance(given, Tensor) else given
+    try:
+        found = [p[1] if isinstance(p, tuple) else p for p in given]
+    except TypeError as error:
+        raise L2TError(f"{what} has params={shown(given)}: give a list of parameters.") from error
+    if odd := [p for p in found if not isinstance(p, Tensor)]:
+        raise L2TError(f"{what} has {shown(odd[0])} among its params: give parameters, not names or modules.")
+    return found
+
+
+def _trained(p: Tensor, places: Mapping[int, int], what: str) -> bool:
+    """Whether a parameter learns; one that is frozen may stand in a group, as in torch."""
+    if p.requires_grad and id(p) not in places:
+        raise L2TError(
+            f"{what} has a parameter {list(p.shape)} that the engine does not train: give those of target, projections "
+            "and terms (the meta-networks have meta_lr)."
+        )
+    return p.requires_grad
