@@ -86,8 +86,7 @@ CASES: dict[str, tuple[Any, Any, Any]] = {  # the loss, the target, the labels
 }
 
 
-@pytest.mark.parametrize("scheme", ["transfer", "simulation"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "scheme"), zip(CASES, ["transfer", "simulation"] * 4, strict=True))
 def test_losses_equal_those_of_the_reference(name: str, scheme: str) -> None:
     loss, target, labels = CASES[name]
     torch.manual_seed(0)
