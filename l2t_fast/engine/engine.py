@@ -392,4 +392,4 @@ _FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "me
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple(tensor.shape for tensor in tensors)
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
