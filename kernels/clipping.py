@@ -40,7 +40,7 @@ def clip_adjoint(
     us, xs = map(list, zip(*pairs, strict=True))
     c = max_norm / (n + _EPSILON)
     inner = torch.stack([(a * x).sum() for a, x in pairs]).sum()
-    along = torch.where(c < 1, c * inner / ((n + _EPSILON) * n), 0.0)
+    along = (c * inner / ((n + _EPSILON) * n)).masked_fill(c >= 1, 0.0)
     bar = torch._foreach_mul(us, c.clamp_max(1))
     torch._foreach_sub_(bar, torch._foreach_mul(xs, along))
     found = iter(bar)

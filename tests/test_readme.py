@@ -8,7 +8,14 @@ import pytest
 from benchmarks.report.readme import readme_block
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "l2t_fast/README.md", "benchmarks/README.md", "docs/faults.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "l2t_fast/README.md",
+    "benchmarks/README.md",
+    "docs/faults.md",
+    "docs/your-loop.md",
+)
 
 
 def test_the_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,8 @@ class Engine:
         self._plain = plain_steps(learner, beta, loss=loss)
         self._compiled: tuple[tuple[Any, ...], Steps] | None = None  # for inputs of these shapes
         self._draws: Draws | None = None  # not looked at yet
-        self._labels_seen = self._evaluation_said = self._sets_attributes = False
+        self._evaluation_said = self._sets_attributes = False
+        self._labels_seen: set[torch.dtype] = set()
         self._trials = Trials(learner, theta, loss, meta=bool(self.trained.phi))
         self._settings = self._settings_now()
         self._graphs = self._new_graphs()
@@ -180,15 +181,15 @@ class Engine:
         """One iteration: the real step of θ, the simulated steps from there, Adam on φ.
 
         Args:
-            x, y: images [B, C, H, W] and labels [B], int64, on the device of the target or on the CPU: under graphs
-                those are copied while the iteration before still runs (pinned memory must not be overwritten while
-                it is). With scheme "simulation" also a list or tuple of such batches, taken in turn by the T steps;
-                the real step uses the first.
+            x, y: images [B, C, H, W] and labels [B], int64, or what the loss takes, on the device of the target or on
+                the CPU: under graphs those are copied while the iteration before still runs (pinned memory must not
+                be overwritten while it is). With scheme "simulation" also a list or tuple of such batches, taken in
+                turn by the T steps; the real step uses the first.
             val: (images, labels) of L_meta; needed by "simulation". By default "transfer" measures it on (x, y).
 
         Returns:
             Metrics on the device, without waiting for it: "loss" (L_org before the real step), "accuracy" (a fraction
-            of the batch) and, with pairs, "matching_loss" (L_wfm), "pair_losses" [P] (its terms),
+            of the batch; for cross entropies) and, with pairs, "matching_loss" (L_wfm), "pair_losses" [P] (its terms),
             "pair_weights" [P] (λ, batch mean) and, with meta-parameters, "meta_loss" (L_meta); of each term its value,
             "NAME_loss". Where graphs are captured they are views that are written anew `capture.ROWS` iterations later.
 
@@ -376,8 +377,10 @@ class Engine:
         batches = checks.batches_in_a_row(x, y, val, self.scheme, self.inner_steps, meta)
         smallest, like = self.smallest_batch, next(iter(self.trained.theta.values()))
         for images_, labels in batches:
-            checks.check_batch(images_, labels, like, smallest, self.learner, self._loss, not self._labels_seen)
-        self._labels_seen = True
+            checks.check_batch(
+                images_, labels, like, smallest, self.learner, self._loss, labels.dtype not in self._labels_seen
+            )
+        self._labels_seen |= {labels.dtype for _, labels in batches}
         checks.check_target(self.learner, self.trained.theta)
         for source in self.learner.sources:
             if any(module.training for module in source.modules()):
@@ -397,4 +400,4 @@ _FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "me
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple(tensor.shape for tensor in tensors)
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)

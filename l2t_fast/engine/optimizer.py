@@ -50,8 +50,12 @@ class EngineOptimizer(torch.optim.Optimizer):
             self._inside = False
 
     def stepped(self) -> None:
-        """Called by the engine after a step of its own: to whoever counts, this was one."""
-        if not self._inside:
+        """Called by the engine after a step of its own: to whoever counts, this was one.
+
+        Schedules wrap `step` of the object, others register hooks; where there are neither, nothing is called.
+        """
+        counted = "step" in vars(self) or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        if counted and not self._inside:
             self.step()
 
     def rates(self) -> list[float]:

@@ -78,7 +78,7 @@ def try_loss_on(learner: L2T, function: LossFunction, x: Tensor, y: Tensor, *, m
     Raises:
         L2TError: see `try_loss`.
     """
-    with torch.no_grad(), undisturbed(learner.target, x.device):
+    with torch.enable_grad(), undisturbed(learner.target, x.device):
         outputs = learner.target_network.run(x, simulated=True).logits
     assert outputs is not None
     return try_loss(function, outputs, y, twice=meta)

@@ -186,6 +186,8 @@ def make_update(
     places = {id(p): i for i, p in enumerate(theta.values())}
     taken: set[int] = set()
     made: list[Group] = []
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        raise L2TError(f"groups={shown(groups)} is not to be had: give a list of dictionaries, as torch.optim takes.")
     for k, options in enumerate(groups):
         what = f"group {k} of the parameters"
         if not isinstance(options, Mapping) or "params" not in options:

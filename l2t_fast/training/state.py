@@ -42,7 +42,7 @@ def checkpoint_content(engine: Engine, state: State, made: Mapping[str, str]) ->
 def size_of(engine: Engine) -> int:
     """Bytes of a checkpoint, about; Adam's moments are those of φ."""
     state = engine.state_dict()
-    tensors = [t for group in ("theta", "momentum", "buffers", "phi", "phi", "phi") for t in state[group].values()]
+    tensors = [t for group in [*_groups(state), "phi", "phi"] for t in state[group].values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -52,7 +52,7 @@ def check_finite(engine: Engine, state: State, last: Path) -> None:
     The losses of an iteration are those before its step: what the last step made, only this sees.
     """
     content = engine.state_dict()
-    tensors = [item for group in ("theta", "momentum", "buffers", "phi") for item in content[group].items()]
+    tensors = [item for group in _groups(content) for item in content[group].items()]
     if bool(torch.stack([tensor.isfinite().all() for _, tensor in tensors]).all()):  # a GPU is waited for once
         return
     for name, tensor in tensors:
@@ -62,6 +62,11 @@ def check_finite(engine: Engine, state: State, last: Path) -> None:
                 f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}{why}: "
                 f"{what_is_kept(last)}; {ADVICE}."
             )
+
+
+def _groups(state: dict[str, Any]) -> list[str]:
+    """Parameters, what their optimizer keeps, and buffers."""
+    return [name for name in state if name not in ("adam", "lr")]
 
 
 def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch) -> State:

@@ -168,6 +168,25 @@ def test_moments_and_learning_rates_live_where_captured_iterations_read_them(
     assert_identical(graph.state_dict(), eager.state_dict())
 
 
+@pytest.mark.parametrize("rule", [SGD(), AdamW()], ids=str)
+def test_in_bfloat16_parameters_and_moments_stay_float32(rule: SGD | AdamW) -> None:
+    """With groups and clipping; the meta-gradient points where that of float32 does."""
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        networks = source_net((2, 2)).float(), small_net(nn.Softplus()).float()
+        learner = L2T(*networks, source_layers=["1"], target_layers=["2"], example=X.float())
+        groups = [{"params": learner.projections.parameters(), "lr": 1e-3}]
+        options: dict[str, Any] = {"groups": groups, "max_grad_norm": 0.5, "precision": precision}
+        engine = Engine(learner, lr=5e-3, optimizer=rule, **options)
+        engine.step(X.float(), Y)
+        gradients.append(flat(engine.meta_gradient(X.float(), Y)))
+        state = engine.state_dict()
+        parts = [part for part in state.keys() - {"adam", "lr", "buffers"} for part in state[part].values()]
+        assert {t.dtype for t in parts} == {torch.float32}
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.9
+
+
 def test_the_plain_step_stays_one_launch() -> None:
     """SGD alone, without groups and clipping, keeps nothing of a step and makes nothing beside it."""
     engine = Engine(small_learner())
