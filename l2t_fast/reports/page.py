@@ -14,6 +14,7 @@ from rich.console import Console
 
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_text
+from l2t_fast.reports.arrays import Array
 from l2t_fast.reports.column import NOT_YET, Column, read_column, read_problems, read_table
 from l2t_fast.reports.comparison import mean_std, stat, summarize
 from l2t_fast.reports.grid import Grid
@@ -167,11 +168,17 @@ def _weights(learned: Learned) -> dict[str, Any] | None:
     if learned.profiles is None:
         return None
     profiles = [profile.mean(0) for profile in learned.profiles]  # of each pair [C_s]
-    low, high = min(1.0, *(p.min() for p in profiles)), max(1.0, *(p.max() for p in profiles))
+    edges = [_edges(profile) for profile in profiles]
+    counts = [np.histogram(p, each)[0] / len(p) * 100 for p, each in zip(profiles, edges, strict=True)]
+    drawn = {"edges": [each.tolist() for each in edges], "counts": [each.tolist() for each in counts]}
+    return {"title": _title(learned), "names": learned.names, **drawn}
+
+
+def _edges(values: Array) -> Array:
+    """Of the bins of `values` and 1, uniform."""
+    low, high = min(1.0, values.min()), max(1.0, values.max())
     margin = max(0.01, 0.02 * (high - low))
-    edges = np.linspace(low - margin, high + margin, _BINS + 1)
-    counts = [(np.histogram(p, edges)[0] / len(p) * 100).tolist() for p in profiles]
-    return {"title": _title(learned), "names": learned.names, "edges": edges.tolist(), "counts": counts}
+    return np.linspace(low - margin, high + margin, _BINS + 1)
 
 
 def _timings(columns: Sequence[Column], methods: Sequence[str]) -> Grid:
