@@ -42,18 +42,25 @@ class NoMemoryError(MachineError):
     """What was asked for does not fit in memory."""
 
 
+def no_memory(error: BaseException) -> bool:
+    """Whether it says that Python's, PyTorch's or the GPU's memory ran out."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
 @contextmanager
 def memory_watched() -> Iterator[None]:
-    """Raises NoMemoryError where Python's, PyTorch's or the GPU's memory runs out."""
+    """Raises NoMemoryError where memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        why = str(error).strip().partition("\n")[0]
-        if not isinstance(error, MemoryError) and not any(words in why for words in _NO_MEMORY):
+        if not no_memory(error):
             raise
+        why = str(error).strip().partition("\n")[0] or "of the machine"
         raise NoMemoryError(
-            f"memory ran out ({why or 'of the machine'}): give --memory recompute, fewer --jobs, or a smaller network "
-            "or --batch-size."
+            f"memory ran out ({why}): give --memory recompute, fewer --jobs, or a smaller network, --batch-size or "
+            "--image-size."
         ) from error
 
 

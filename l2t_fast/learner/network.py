@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, no_memory
 from l2t_fast.kernels.layers.autograd import cast
 from l2t_fast.kernels.layers.twins import BatchNorm2d, Twins, half_parameters, twin_of
 from l2t_fast.learner.direct import run_directly
@@ -127,9 +127,9 @@ class Network:
                 result = self.module(x)
         except _Enough:
             pass
-        except (L2TError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # whatever a network may raise
+            if isinstance(error, L2TError) or no_memory(error):
+                raise
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise L2TError(f"the {self.role} cannot run on images {list(x.shape)}: {line}") from error
         finally:

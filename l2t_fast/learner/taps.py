@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from l2t_fast.bounds import shown
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, no_memory
 from l2t_fast.learner.layout import FeatureMap, find_layout, parse_layer, pick
 from l2t_fast.learner.pairs import Shape
 from l2t_fast.learner.trail import AxisTrail
@@ -251,9 +251,9 @@ class _Trial(TorchDispatchMode):
         try:
             with self.trail, self:
                 return module(x)
-        except L2TError:
-            raise
         except Exception as error:  # whatever a network may raise
+            if isinstance(error, L2TError) or no_memory(error):
+                raise
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {line}") from error
         finally:
