@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # How PyTorch says it.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "ALLOC_FAILED")
 
 
 class L2TError(ValueError):
@@ -42,18 +42,25 @@ class NoMemoryError(MachineError):
     """What was asked for does not fit in memory."""
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether memory was what an operation lacked: Python's, PyTorch's or the GPU's."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
 @contextmanager
 def memory_watched() -> Iterator[None]:
-    """Raises NoMemoryError where Python's, PyTorch's or the GPU's memory runs out."""
+    """Raises NoMemoryError where memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        why = str(error).strip().partition("\n")[0]
-        if not isinstance(error, MemoryError) and not any(words in why for words in _NO_MEMORY):
+        if not ran_out(error):
             raise
+        why = str(error).strip().partition("\n")[0] or "of the machine"
         raise NoMemoryError(
-            f"memory ran out ({why or 'of the machine'}): give --memory recompute, fewer --jobs, or a smaller network "
-            "or --batch-size."
+            f"memory ran out ({why}): give --memory recompute, fewer --jobs, or a smaller network, --batch-size or "
+            "--image-size."
         ) from error
 
 
@@ -63,11 +70,3 @@ class Interrupted(Exception):
 
 class OutputClosed(Interrupted):
     """Who read what is printed has left, as `head` does."""
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether memory was what an operation lacked, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which stays unloaded
-        return True
-    words = ("not enough memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

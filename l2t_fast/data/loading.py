@@ -51,7 +51,7 @@ def _read(dataset: Dataset[Any], batch_size: int, workers: int, pin: bool) -> It
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=workers,
+        num_workers=min(workers, -(-len(dataset) // batch_size)),  # type: ignore[arg-type]  # none without a batch
         pin_memory=pin,
         worker_init_fn=_leave_group,
         generator=torch.Generator(),  # otherwise the loader draws from the global one

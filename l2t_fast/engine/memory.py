@@ -17,7 +17,7 @@ from l2t_fast.choices import Precision
 from l2t_fast.engine.compile import Steps
 from l2t_fast.engine.iteration import Iteration
 from l2t_fast.engine.surroundings import RealSurroundings
-from l2t_fast.errors import L2TError, ran_out
+from l2t_fast.errors import NoMemoryError, ran_out
 from l2t_fast.learner.generators import generators_kept
 
 _FEW, _MORE = 2, 4  # images of the trials that tell what one image takes
@@ -69,14 +69,14 @@ def free_memory(device: torch.device) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def within_memory(explain: Callable[[], str]) -> Iterator[None]:
-    """Raises L2TError with what `explain` says where memory runs out; what had filled it is let go before."""
+    """Raises NoMemoryError with what `explain` says where memory runs out; what had filled it is let go before."""
     try:
         yield
     except Exception as error:
         if not ran_out(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        raise L2TError(explain()) from None
+        raise NoMemoryError(explain()) from None
 
 
 def advice(
