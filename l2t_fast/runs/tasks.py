@@ -11,7 +11,7 @@ from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import Data, load_data
 from l2t_fast.files import load_json
 from l2t_fast.reports.column import RESULT
-from l2t_fast.runs.build import build_sources, source_folders
+from l2t_fast.runs.build import build_sources, find_device, source_folders
 from l2t_fast.runs.cell import train_cell, train_source
 from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
@@ -40,7 +40,7 @@ class SourceTask:
 
     def run(self, make_watch: MakeWatch) -> str:
         if not self.done:
-            train_source(self.folder, self.config, self.index, torch.device(self.device), make_watch)
+            train_source(self.folder, self.config, self.index, find_device(self.device), make_watch)
         return "trained"
 
 
@@ -72,7 +72,7 @@ class CellTask:
             data = _data(self.config.data, self.seed)
             networks = build_sources(self.config, self.sources)
             train_cell(
-                self.folder, self.config, self.method, self.seed, networks, data, torch.device(self.device), make_watch
+                self.folder, self.config, self.method, self.seed, networks, data, find_device(self.device), make_watch
             )
         result = load_json(self.folder / "result.json", RESULT)
         return f"test {result['test_accuracy_last']:.1%} after {result['seconds']:.0f} s"

@@ -28,7 +28,9 @@ METHODS = ["lwf+at", "l2t-ww"]
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains in this process: what side by side means, other tests show."""
 
-    def work_off(tasks: Any, jobs: int, threads: int, display: Display, stop: StopSignal) -> list[tuple[Any, str]]:
+    def work_off(
+        tasks: Any, jobs: int, threads: int, display: Display, stop: StopSignal, launcher: Any
+    ) -> list[tuple[Any, str]]:
         failed = []
         for task in tasks:
             task.folder.mkdir(parents=True, exist_ok=True)
