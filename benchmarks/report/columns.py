@@ -240,6 +240,18 @@ SECTIONS = {
             MarkdownColumn("", notes),
         ),
     ),
+    "replicas": Section(
+        "Engines by turns in one process",
+        "Exact: each ends where it ends alone, to the bit on a CPU, on a GPU as near as one engine to itself.",
+        (
+            MarkdownColumn("case", text("case")),
+            MarkdownColumn("batch", text("batch")),
+            MarkdownColumn("replicas", number("replicas", ".0f"), "---:"),
+            MarkdownColumn("iterations/s of all", number("iterations_per_second", ".4g"), "---:"),
+            MarkdownColumn("error", number("error", ".1e")),
+            MarkdownColumn("", notes),
+        ),
+    ),
     "training": Section(
         "Whole trainings",
         "Data, validation and checkpoints included.",

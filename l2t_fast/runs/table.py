@@ -36,7 +36,7 @@ from l2t_fast.runs.folder import (
 from l2t_fast.runs.launchers.chosen import cells_device, choose
 from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, StopSignal
-from l2t_fast.runs.tasks import CellTask, SourceTask, column_tasks
+from l2t_fast.runs.tasks import CellTask, SourceTask, cells_of, column_tasks, replicated
 from l2t_fast.settings.columns import column_configs
 from l2t_fast.settings.defaults import check_flag
 from l2t_fast.settings.options import TableConfig, TrainConfig
@@ -55,8 +55,8 @@ def run(config: TableConfig, console: Console) -> bool:
         L2TError: bad settings, missing data, a folder of something else or in use, a source that cannot be trained; a
             launcher that cannot be had.
     """
-    for flag, value in (("jobs", config.jobs), ("threads", config.threads), ("gpus-per-cell", config.gpus_per_cell)):
-        if value is not None:
+    for flag in ("jobs", "threads", "replicas", "gpus-per-cell"):
+        if (value := getattr(config, flag.replace("-", "_"))) is not None:
             check_flag(flag, value)
     folder, config = open_table(config)
     columns = column_configs(config)
@@ -66,7 +66,7 @@ def run(config: TableConfig, console: Console) -> bool:
         check_column(folder, column)
     problems = {name: _check(column, device, console) for name, column in columns.items()}
     sources, cells = _tasks(folder, columns, problems, device)
-    launcher, jobs, threads = choose(config, folder, len(cells), device)
+    launcher, jobs, threads = choose(config, folder, len(replicated(cells, config.replicas)), device)
     with only_command(folder, columns.values()):
         # The number of threads decides in which order sums are taken: a table keeps it.
         save_config(dataclasses.replace(config, threads=threads), folder / "table.json")
@@ -83,13 +83,14 @@ def run(config: TableConfig, console: Console) -> bool:
             waiting = [t for t in cells if not t.done]
             start = perf_counter()
             try:
-                failed = workers.work_off(waiting, jobs, threads, display, stop, launcher)
+                tasks = replicated(waiting, config.replicas)
+                failed = workers.work_off(tasks, jobs, threads, display, stop, launcher)
             except Interrupted:
                 _report(folder, console)  # of what there is
                 raise
             session: dict[str, Any] = {"cells": len(waiting), "seconds": round(perf_counter() - start, 1), "jobs": jobs}
             session |= {"threads": threads, "device": device.type, "launcher": config.launcher}
-            for cell, why in failed:
+            for cell, why in ((cell, why) for task, why in failed for cell in cells_of(task) if not cell.done):
                 problems[str(cell.config.name)].setdefault(cell.method, {})[str(cell.seed)] = why
         check_there(folder / "table.json")
         for name, column in columns.items():

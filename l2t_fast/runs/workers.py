@@ -98,19 +98,21 @@ def _understood(what: str, words: str, asked: bool) -> tuple[str, str]:
 
 @dataclass
 class _UnderWay:
-    """The bars of a task: one for each training that it has told of."""
+    """The bars of a task: one for each training that it has told of, by title."""
 
-    watches: list[TrainingWatch] = field(default_factory=list)
+    watches: dict[str, TrainingWatch] = field(default_factory=dict)
 
     def follow(self, what: str, arguments: tuple[Any, ...], display: Display, stop: StopSignal) -> None:
-        if what == "made":
-            self.clear()  # lost with its worker, it may be told of again
-            title, epochs, batches = arguments
-            self.watches.append(TrainingWatch(display, stop, title, epochs, batches, _LINE_EVERY))
-        else:
-            getattr(self.watches[-1], what)(*arguments)
+        title, *more = arguments
+        if what != "made":
+            getattr(self.watches[title], what)(*more)
+            return
+        if title in self.watches:  # lost with its worker, and begun again
+            self.watches[title].clear()
+        epochs, batches = more
+        self.watches[title] = TrainingWatch(display, stop, title, epochs, batches, _LINE_EVERY)
 
     def clear(self) -> None:
-        for watch in self.watches:
+        for watch in self.watches.values():
             watch.clear()
         self.watches.clear()

@@ -140,6 +140,8 @@ class TableConfig:
     """where trainings run: processes here, a Ray cluster, Slurm by submitit; the last two want a shared file system"""
     gpus_per_cell: float | None = None
     """share of a GPU that a training takes, 1 by default: with 0.25 four share one"""
+    replicas: int = 1
+    """trainings of a column that take turns in one process; on a GPU each on a stream of its own"""
     submitit: tuple[str, ...] = ()
     """options of submitit, each NAME=VALUE: slurm_partition=gpu timeout_min=600 mem_gb=16; cluster=local: no Slurm"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -15,7 +15,7 @@ import functools
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ _TELL_EVERY = 0.2  # seconds between two messages on the iterations of one train
 
 
 class Task(Protocol):
-    """Something to train; it can be pickled."""
+    """Something to train; it can be pickled. One that writes in several folders has them as `folders`."""
 
     @property
     def title(self) -> str:
@@ -72,14 +72,17 @@ class Launcher(Protocol):
 
 @contextlib.contextmanager
 def at_work(task: Task, stopped: Callable[[], bool]) -> Iterator[None]:
-    """Makes the folder of a task, in that of its run, and holds it alone.
+    """Makes the folder of a task, in that of its run, and holds it alone; of several, all.
 
     Raises:
         Interrupted, L2TError, MachineError: as `alone`; the folder of the run was removed.
     """
     check_there(task.config_file)
-    make_folder(task.folder)
-    with alone(task.folder, stopped):
+    folders: Sequence[Path] = getattr(task, "folders", (task.folder,))
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            make_folder(folder)
+            stack.enter_context(alone(folder, stopped))
         yield
 
 
@@ -118,15 +121,18 @@ def carry_out_there(task: Task, threads: int, folder: str, tell: Tell) -> tuple[
 
 
 class _RemoteWatch:
-    """The `RunWatch` of a training elsewhere: tells what a `TrainingWatch` wants to know."""
+    """The `RunWatch` of a training elsewhere: tells what a `TrainingWatch` wants to know, its title first."""
 
     def __init__(self, tell: Tell, stopped: Callable[[], bool], title: str, epochs: int, batches: int):
-        self._tell, self.stop_asked = tell, stopped
+        self._tell_of, self.stop_asked, self._title = tell, stopped, title
         self._count, self._last = 0, perf_counter()
-        self._tell("made", (title, epochs, batches))
+        self._tell("made", epochs, batches)
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        self._tell_of(what, (self._title, *arguments))
 
     def resumed(self, epoch: int, iteration: int) -> None:
-        self._tell("resumed", (epoch, iteration))
+        self._tell("resumed", epoch, iteration)
 
     def iteration(self, epoch: int, metrics: dict[str, Tensor]) -> None:
         self._count += 1
@@ -134,18 +140,18 @@ class _RemoteWatch:
             self._advanced(epoch, loss_on_host(metrics))
 
     def _advanced(self, epoch: int, loss: float | None) -> None:
-        self._tell("advanced", (self._count, epoch, loss))
+        self._tell("advanced", self._count, epoch, loss)
         self._count, self._last = 0, perf_counter()
 
     def evaluating(self, part: str) -> None:
-        self._tell("evaluating", (part,))
+        self._tell("evaluating", part)
 
     def epoch(self, row: dict[str, Any]) -> None:
         self._advanced(row["epoch"], row["loss"])
-        self._tell("epoch", ({key: row[key] for key in ("epoch", "loss", "val_accuracy") if key in row},))
+        self._tell("epoch", {key: row[key] for key in ("epoch", "loss", "val_accuracy") if key in row})
 
     def say(self, text: str) -> None:
-        self._tell("say", (text,))
+        self._tell("say", text)
 
     def done(self, accuracy: float) -> None:
-        self._tell("done", (accuracy,))
+        self._tell("done", accuracy)
