@@ -55,7 +55,7 @@ class AllReduce:
         return TREE.start + inside + 2 * math.ceil(math.log2(nodes)) * TREE.between
 
     def wire(self, size: float) -> float:
-        """Bytes that a GPU sends."""
+        """Bytes that a GPU sends; in a tree on average about as many."""
         return 2 * (self.gpus - 1) / self.gpus * size
 
     def transfer(self, size: float) -> float:

@@ -120,7 +120,9 @@ def scaling(rows: Sequence[Row]) -> Any:
         axes.set(xlabel="GPUs, in nodes of 8", ylabel="compute / (compute + communication)", ylim=(0, 1.05))
         axes.axhline(0.9, color="0.6", linewidth=1)
         axes.grid(alpha=0.3)
-    grid.flat[0].legend(fontsize=8)
+        axes.set_xticks([row["gpus"] for row in next(iter(curves.values()))])
+        axes.xaxis.set_major_formatter("{x:.0f}")
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

@@ -33,7 +33,7 @@ from benchmarks.report.markdown import write as write_report
 from benchmarks.rows import RESULTS, Row, add_row_arguments, begin, read, say, unavailable, write
 from l2t_fast import L2T, Engine
 
-TIMES = RESULTS / "gpu_nvidia_h200_20261126T053000.jsonl"
+TIMES = "gpu_nvidia_h200_20261126T053000.jsonl"
 GPUS = tuple(2**i for i in range(11))
 EXACT = 1e-9  # relative, of the meta-gradient in float64
 _LOST = 0.9  # efficiency below which something has broken
@@ -240,7 +240,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_row_arguments(parser)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["cifar", "imagenet"])
     parser.add_argument("--precision", choices=("bf16", "tf32"), default="bf16", help="of the times of one GPU")
-    parser.add_argument("--times", type=Path, default=TIMES, help="results file with these (default: that of an H200)")
+    parser.add_argument("--times", default=TIMES, metavar="FILE", help="of results/ (default: that of an H200)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the CPU, measured (default 1 2)")
     parser.add_argument("--rounds", type=int, default=7)
 
@@ -252,7 +252,7 @@ def run(arguments: argparse.Namespace) -> None:
     for case in (CASES[name] for name in arguments.cases):
         sets = gradient_sets(case.learner(torch.device("cpu"), torch.float32), case.inner_steps)
         sizes[case.name] = [size for some in sets.values() for size in some]
-        found = {**compute(case, arguments.precision, arguments.times), "precision": arguments.precision}
+        found = {**compute(case, arguments.precision, RESULTS / arguments.times), "precision": arguments.precision}
         write(arguments.output, model_rows(case, sizes[case.name], found), show)
     write(arguments.output, all_reduce_rows(sizes, arguments.processes, arguments.rounds), show)
     write(arguments.output, engine_rows(arguments.processes, arguments.rounds), show)
