@@ -139,6 +139,7 @@ def all_reduce_rows(sizes: dict[str, list[int]], processes: Sequence[int], round
     for count in processes:
         empty, large, *cases = turns([[1], [_LARGE], *sizes.values()], count, rounds)
         start, whole = (statistics.median(turn.seconds for turn in some) for some in (empty, large))
+        speed = 4 * _LARGE / (whole - start) if count > 1 and whole > start else None  # alone it sends nothing
         for (case, mine), some in zip(sizes.items(), cases, strict=True):
             ms = sorted(1e3 * turn.seconds for turn in some)
             yield {
@@ -153,9 +154,9 @@ def all_reduce_rows(sizes: dict[str, list[int]], processes: Sequence[int], round
                 "ms_median": statistics.median(ms),
                 "ms_p20": ms[len(ms) // 5],
                 "ms_p80": ms[-1 - len(ms) // 5],
-                "model_ms": 1e3 * sum(start + (whole - start) * size / _LARGE for size in mine),
+                "model_ms": 1e3 * (len(mine) * start + (4 * sum(mine) / speed if speed else 0)),
                 "empty_ms": 1e3 * start,
-                "bytes_per_second": 4 * _LARGE / (whole - start),
+                "bytes_per_second": speed,
                 "load": os.getloadavg()[0],
             }
 
