@@ -30,6 +30,10 @@ COMMANDS = {
     "official-accuracy": ("suites.official_accuracy", "does the engine train as the authors' code? losses, accuracies"),
     "jobs": ("suites.jobs", "trainings a minute with one, two, ... side by side"),
     "busy": ("suites.busy", "an iteration beside busy neighbours, its waiting threads spinning or asleep (a CPU)"),
+    "scaling": (
+        "suites.scaling",
+        "bytes and latency against compute, 1 to 1,024 GPUs: a model, what breaks first",
+    ),
     "held": ("suites.held", "what a long training holds: memory, open files, threads"),
     "sensitivity": ("suites.sensitivity", "how much of the meta-gradient is signal, along a training"),
     "aot": ("suites.aot", "compile every Triton kernel ahead of time, for every architecture; needs no GPU"),

@@ -21,6 +21,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "per_class": (1, 10**9),
     **dict.fromkeys(("jobs", "threads"), (1, 1024)),
     "workers": (0, 256),
+    "replicas": (1, 64),
+    "gpus_per_cell": (0.001, 1.0),
 }
 
 

@@ -22,12 +22,12 @@ from l2t_fast.reports.column import Problems, read_column
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs.build import find_device
 from l2t_fast.runs.folder import write_problems
+from l2t_fast.runs.launchers.base import at_work
 from l2t_fast.runs.lock import alone, begun, check_free
 from l2t_fast.runs.machine import note_machine
 from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch
 from l2t_fast.runs.tasks import CellTask, column_tasks
-from l2t_fast.runs.workers import at_work
 from l2t_fast.settings.defaults import check_name, resolve
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.settings.stored import check_same, load_config, save_config, updated

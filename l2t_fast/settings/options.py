@@ -58,6 +58,8 @@ class EngineOptions:
     """weight decay of SGD"""
     nesterov: bool = False
     """Nesterov's form of momentum"""
+    max_grad_norm: float | None = None
+    """clip the gradient of SGD by its norm, in simulated steps too; by default it is not clipped"""
     meta_lr: float | None = None
     """learning rate of Adam, by default 0.0001 (digits and stanford40: 0.001)"""
     meta_weight_decay: float = 1e-4
@@ -150,9 +152,17 @@ class TableConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """random seeds, one training for each"""
     jobs: int | None = None
-    """trainings side by side; by default one a CPU core, and one on a GPU"""
+    """trainings side by side; by default one a CPU core, or as many as the GPUs take, or as the scheduler lets run"""
     threads: int | None = None
-    """CPU threads of each of them; by default the cores are divided among them"""
+    """CPU threads of each of them; by default the cores are divided among them, on other machines 1"""
+    launcher: Literal["local", "ray", "submitit"] = "local"
+    """where trainings run: processes here, a Ray cluster, Slurm by submitit; the last two want a shared file system"""
+    gpus_per_cell: float | None = None
+    """share of a GPU that a training takes, 1 by default: with 0.25 four share one"""
+    replicas: int = 1
+    """trainings of a column that take turns in one process; on a GPU each on a stream of its own"""
+    submitit: tuple[str, ...] = ()
+    """options of submitit, each NAME=VALUE: slurm_partition=gpu timeout_min=600 mem_gb=16; cluster=local: no Slurm"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
     log: tuple[Tracker, ...] = ()
