@@ -136,7 +136,7 @@ class Engine:
         update = make_update(rule, lr, groups, max_grad_norm, theta)
         self.trained = Trained.of(learner, theta, update, meta_lr, meta_weight_decay)
         self.optimizer = EngineOptimizer(self, lr)
-        self._rates, self._meta_lr_value = self.optimizer.rates(), float(meta_lr)
+        self._meta_lr_value = float(meta_lr)
         self.loss, self._loss = loss, Loss.of(loss, learner.target_network.output_shape)
         self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory, self._loss)
         self._plain = plain_steps(learner, beta, loss=loss)
@@ -252,7 +252,7 @@ class Engine:
             L2TError: a state of another learner or of something else; nothing is changed then.
         """
         groups = self.trained.groups(self.learner)
-        check_fits(state, groups, len(self._rates))
+        check_fits(state, groups, len(self.optimizer.param_groups))
         if self.trained.adam is not None:
             meta_lr, in_place = self.trained.load_adam(state["adam"])
             if not in_place:
@@ -262,10 +262,10 @@ class Engine:
             for group, tensors in groups.items():
                 for name, tensor in tensors.items():
                     tensor.copy_(state[group][name])
-        rates = state["lr"] if len(self._rates) > 1 else [state["lr"]]
+        rates = state["lr"] if isinstance(state["lr"], list) else [state["lr"]]
         for options, lr in zip(self.optimizer.param_groups, rates, strict=True):
             options["lr"] = float(lr)
-        self._read_rates()
+        self.optimizer.take_over_rates()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -274,13 +274,6 @@ class Engine:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise L2TError("an Engine cannot be copied or pickled: make a new one, and load its state_dict().")
-
-    def _read_rates(self) -> None:
-        """Takes over learning rates that were set in the groups of `optimizer`, where a captured graph reads them."""
-        for i, lr in enumerate(self.optimizer.rates()):
-            if lr != self._rates[i]:
-                self._rates[i] = lr
-                self.trained.update.groups[i].lr.fill_(lr)
 
     def _settings_now(self) -> list[Any]:
         """What a captured or compiled iteration has frozen."""
@@ -373,7 +366,7 @@ class Engine:
     def _check(self, x: Images, y: Images, val: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """x, y of each batch and then of L_meta's own in a row, those that an iteration reads; or an L2TError."""
         meta = bool(self.trained.phi)
-        self._read_rates()
+        self.optimizer.take_over_rates()
         batches = checks.batches_in_a_row(x, y, val, self.scheme, self.inner_steps, meta)
         smallest, like = self.smallest_batch, next(iter(self.trained.theta.values()))
         for images_, labels in batches:

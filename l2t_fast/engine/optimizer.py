@@ -37,7 +37,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._engine: Stepping | None = None  # groups may still be added
         params = [{"params": [theta[i] for i in group.members], "lr": group.lr.item()} for group in groups]
         super().__init__(params, {"lr": lr})
-        self._engine, self._inside = engine, False
+        self._engine, self._inside, self._taken = engine, False, self.rates()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """What `closure` gives."""
@@ -71,6 +71,15 @@ class EngineOptimizer(torch.optim.Optimizer):
                 group["lr"] = group["lr"].item()
             check_number("lr", group["lr"])
         return [float(group["lr"]) for group in self.param_groups]
+
+    def take_over_rates(self) -> None:
+        """Lets learning rates that were set in the groups count, where a captured graph reads them."""
+        assert self._engine is not None
+        rates = self.rates()
+        for group, now, before in zip(self._engine.trained.update.groups, rates, self._taken, strict=True):
+            if now != before:
+                group.lr.fill_(now)
+        self._taken = rates
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only when the engine is made."""

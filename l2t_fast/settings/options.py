@@ -58,8 +58,6 @@ class EngineOptions:
     """weight decay of SGD"""
     nesterov: bool = False
     """Nesterov's form of momentum"""
-    max_grad_norm: float | None = None
-    """clip the gradient of SGD by its norm, in simulated steps too; by default it is not clipped"""
     meta_lr: float | None = None
     """learning rate of Adam, by default 0.0001 (digits and stanford40: 0.001)"""
     meta_weight_decay: float = 1e-4
