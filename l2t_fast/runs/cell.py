@@ -55,13 +55,17 @@ def train_cell(
     """Trains one method with one seed, writes what it learned, and returns the content of result.json."""
     config = method_config(config, name)
     target, learner, _ = make_learner(config, name, seed, sources, data, device)
-    title = f"{name}, seed {seed}"
-    what = {"--method": name, **cell_settings(config)}
+    title, what = f"{name}, seed {seed}", made_with(config, name)
     result = _fit(folder, title, config, seed, config.optim.epochs, target, learner, data, make_watch, what)
     if len(learner.what) or len(learner.where):
         _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
-    save_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    save_text(folder / "result.json", json.dumps({**result, "made": {**what, "seed": str(seed)}}, indent=2) + "\n")
     return result
+
+
+def made_with(config: TrainConfig, name: str) -> dict[str, str]:
+    """The method of a cell and its settings, by flag."""
+    return {"--method": name, **cell_settings(method_config(config, name))}
 
 
 def cell_weights(folder: Path) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ import torch
 
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import Data, load_data
-from l2t_fast.files import load_json
-from l2t_fast.reports.column import RESULT
+from l2t_fast.reports.column import read_result
 from l2t_fast.runs.build import build_sources, source_folders
-from l2t_fast.runs.cell import train_cell, train_source
+from l2t_fast.runs.cell import made_with, train_cell, train_source
 from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
+from l2t_fast.training.state import check_made
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class CellTask:
             train_cell(
                 self.folder, self.config, self.method, self.seed, networks, data, torch.device(self.device), make_watch
             )
-        result = load_json(self.folder / "result.json", RESULT)
+        path = self.folder / "result.json"
+        result = read_result(path)
+        check_made(str(path), result.get("made", {}), {**made_with(self.config, self.method), "seed": str(self.seed)})
         return f"test {result['test_accuracy_last']:.1%} after {result['seconds']:.0f} s"
 
 
