@@ -34,7 +34,7 @@ COMMANDS = {
         "suites.scaling",
         "bytes and latency against compute, 1 to 1,024 GPUs: a model, what breaks first",
     ),
-    "held": ("suites.held", "what a long training holds: memory, open files, threads"),
+    "held": ("suites.held", "what long work holds: memory, open files, threads, processes"),
     "sensitivity": ("suites.sensitivity", "how much of the meta-gradient is signal, along a training"),
     "aot": ("suites.aot", "compile every Triton kernel ahead of time, for every architecture; needs no GPU"),
     "precompile": ("suites.precompile", "compile the engine's Triton kernels side by side, for this GPU"),

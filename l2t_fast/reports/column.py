@@ -1,5 +1,6 @@
 """A column of a table, as its trainings left it: their results and epochs, and what the paper has beside them."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from l2t_fast.training.log import read_epochs
 Epochs = Sequence[Mapping[str, Any]]  # the epoch lines of one metrics.jsonl
 Problems = dict[str, dict[str, str]]  # method: {seed: why there is no result}
 NOT_YET = "not trained yet"
-RESULT = ("test_accuracy_last", "seconds")  # numbers that every result.json has
+_RESULT = ("test_accuracy_last", "seconds")  # numbers that every result.json has
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,22 @@ def read_problems(folder: Path) -> Problems:
     return found
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a result.json.
+
+    Raises:
+        L2TError: it is damaged.
+    """
+    result = load_json(path, _RESULT)
+    for key, value in result.items():
+        most = 1.0 if "accuracy" in key else math.inf
+        if (key in _RESULT or "accuracy" in key) and not (isinstance(value, int | float) and 0 <= value <= most):
+            raise L2TError(
+                f"{path} is damaged ('{key}' cannot be {value!r:.40}): remove it, and give the command again."
+            )
+    return result
+
+
 def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column:
     """The column of a table that a run, in `folder`, is."""
     cells: list[Cell] = []
@@ -66,7 +83,7 @@ def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column
     for method in config.method or ():
         for seed in config.seeds or ():
             path = folder / method / f"seed-{seed}" / "result.json"
-            result = load_json(path, RESULT) if path.exists() else None
+            result = read_result(path) if path.exists() else None
             why = "" if result else problems.get(method, {}).get(str(seed), NOT_YET)
             cells.append(Cell(method, seed, result, why))
             if result:

@@ -74,14 +74,14 @@ def train_cell(
     target, learner, _ = make_learner(config, name, seed, sources, data, device, watch.preparing)
     if not (folder / "result.json").exists():
         title, epochs = f"{name}, seed {seed}", config.optim.epochs or 0
-        what = {"--method": name, **cell_settings(config)}
+        what = made_with(config, name)
         if len(learner.what) or len(learner.where):
             save_text(folder / "pairs.json", json.dumps(_named_pairs(learner)) + "\n")
         with within_memory(lambda: _OUTSIDE):
             result = _fit(folder, title, config, seed, epochs, target, learner, data, watch, what, callbacks)
         if len(learner.what) or len(learner.where):
             _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
-        save_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        save_text(folder / "result.json", json.dumps({**result, "made": {**what, "seed": str(seed)}}, indent=2) + "\n")
     for form in not_exported(folder, config):
         target.load_state_dict(cell_weights(folder))
         export(target, folder / FILES[form], torch.zeros(2, *data.image_shape))
@@ -90,6 +90,11 @@ def train_cell(
 def not_exported(folder: Path, config: TrainConfig) -> list[Export]:
     """The formats that the target of a cell is still to be written in."""
     return [form for form in config.export if not (folder / FILES[form]).exists()]
+
+
+def made_with(config: TrainConfig, name: str) -> dict[str, str]:
+    """The method of a cell and its settings, by flag."""
+    return {"--method": name, **cell_settings(method_config(config, name))}
 
 
 def cell_weights(folder: Path) -> dict[str, Tensor]:

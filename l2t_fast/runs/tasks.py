@@ -12,13 +12,13 @@ from torch import Tensor
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import Data, load_data
 from l2t_fast.errors import Interrupted, L2TError
-from l2t_fast.files import load_json
-from l2t_fast.reports.column import RESULT
+from l2t_fast.reports.column import read_result
 from l2t_fast.runs.build import build_sources, find_device, source_folders
-from l2t_fast.runs.cell import not_exported, train_cell, train_source
+from l2t_fast.runs.cell import made_with, not_exported, train_cell, train_source
 from l2t_fast.runs.progress import MakeWatch, RunWatch
 from l2t_fast.runs.replicas import HandOver, side_by_side
 from l2t_fast.settings.options import TrainConfig
+from l2t_fast.training.state import check_made
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class CellTask:
             networks = build_sources(self.config, self.sources)
             device = find_device(self.device)
             train_cell(self.folder, self.config, self.method, self.seed, networks, data, device, watch, callbacks)
-        result = load_json(self.folder / "result.json", RESULT)
+        path = self.folder / "result.json"
+        result = read_result(path)
+        check_made(str(path), result.get("made", {}), {**made_with(self.config, self.method), "seed": str(self.seed)})
         return f"test {result['test_accuracy_last']:.1%} after {result['seconds']:.0f} s"
 
 

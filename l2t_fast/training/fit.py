@@ -77,6 +77,8 @@ def fit(
     made = made or {}
     check_room(folder, 3 * size_of(engine))  # last.pt and before.pt, and the next one or best.pt
     state = _restored(last, before, engine, made, watch)
+    if state.epoch > schedule.epochs or state.iteration > batches:
+        raise L2TError(f"checkpoint {last} is of a longer training: put back its settings, or give another --name.")
     if state.epoch or state.iteration:
         watch.resumed(state.epoch, state.iteration)
     told = Together(callbacks)

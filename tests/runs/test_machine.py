@@ -1,6 +1,8 @@
 """What a run does where the machine is in its way, and with files that something else has damaged."""
 
 import errno
+import json
+import math
 import os
 import signal
 import subprocess
@@ -120,14 +122,19 @@ def test_a_folder_that_may_not_be_written(
 
 def test_damaged_files_of_a_run_are_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell = runs / "run/l2t-ww/seed-0"
+    result = json.loads((cell / "result.json").read_text())
     for path, content, words in (
         (cell / "result.json", "", "result.json is damaged"),
         (cell / "result.json", "{}", "result.json is damaged ('test_accuracy_last' is no number)"),
+        (cell / "result.json", '{"test_accuracy_last": 1e308, "seconds": 1}', "result.json is damaged ('test_acc"),
+        (cell / "result.json", result | {"test_accuracy_best": "a"}, "result.json is damaged ('test_accuracy_best' c"),
+        (cell / "result.json", result | {"seconds": math.nan}, "result.json is damaged ('seconds' cannot be nan)"),
+        (cell / "result.json", result | {"made": {"--beta": "2"}}, "result.json was made with --beta 2, not 0.5"),
         (cell / "metrics.jsonl", "{}\n", "metrics.jsonl, line 1, is damaged"),
         (runs / "run/config.json", "{}", "config.json: --epochs None is too small"),
     ):
         before = path.read_bytes()
-        path.write_text(content)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
         error = refused(capsys, "--runs", str(runs), "--name", "run", "--resume", command="train")
         path.write_bytes(before)
         assert f"{path.parent}/{words}" in error
