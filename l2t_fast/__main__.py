@@ -1,5 +1,6 @@
-"""`python -m l2t_fast` is `l2t-fast`."""
+"""`python -m l2t_fast`, which torchrun starts: the same as `l2t-fast`."""
 
 from l2t_fast.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from l2t_fast import cli
+from l2t_fast.settings import defaults
 from l2t_fast.settings.columns import column_configs
 from l2t_fast.settings.defaults import resolve
 from l2t_fast.settings.given import with_file
@@ -84,7 +85,7 @@ def test_an_example_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def commands(page: str) -> list[list[str]]:
     """The arguments of each `l2t-fast` of a page."""
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
+    words = [shlex.split(re.sub(r"^(\w+=\S* )+", "", line), comments=True) for line in lines]  # without variables
     return [line[1:] for line in words if line and line[0].endswith("l2t-fast")]
 
 
@@ -122,6 +123,23 @@ def test_the_commands_of_a_page_are_understood(
     codes = [_exit_code(arguments) for arguments in given]
     assert not any(codes), capsys.readouterr().err
     assert len(seen) == len([arguments for arguments in given if not arguments[0].startswith("--")])
+
+
+@pytest.mark.slow
+def test_the_commands_on_digits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a reader would give them, one after the other; on a network of few channels, for one epoch."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    digits = defaults._DEFAULTS["digits"]
+    small = {"epochs": 1, "source_epochs": 1, "target_width": 0.0625, "source_width": (0.25,), "seeds": (0,)}
+    monkeypatch.setitem(defaults._DEFAULTS, "digits", {**digits, **small})
+    monkeypatch.chdir(tmp_path)
+    given = [arguments for page in ("index.md", "settings.md", "training.md") for arguments in commands(page)]
+    alone = [words for words in given if not {"--dataset", "table", "pretrain", "runs/NAME"}.intersection(words)]
+    assert len(alone) > 10
+    assert not any(map(_exit_code, alone))
+    for made in ("first/table.md", "more/l2t-ww/seed-4/result.json", "mine/l2t-ww/seed-0/target.onnx"):
+        assert (tmp_path / "runs" / made).exists()
 
 
 def _exit_code(arguments: list[str]) -> Any:
