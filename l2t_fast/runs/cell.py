@@ -19,7 +19,7 @@ from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.reports.pictures import weights as plots
 from l2t_fast.runs.build import build_sources, make_engine, make_learner, method_config, plain_learner, source_data
-from l2t_fast.runs.made import cell_settings, inputs, shared_settings
+from l2t_fast.runs.made import cell_settings, inputs, layers, shared_settings
 from l2t_fast.runs.progress import MakeWatch
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.fit import Schedule, fit
@@ -56,7 +56,7 @@ def train_cell(
     config = method_config(config, name)
     target, learner, _ = make_learner(config, name, seed, sources, data, device)
     title = f"{name}, seed {seed}"
-    what = {"--method": name, **cell_settings(config)}
+    what = {"--method": name, **cell_settings(config), **layers(learner)}
     result = _fit(folder, title, config, seed, config.optim.epochs, target, learner, data, make_watch, what)
     if len(learner.what) or len(learner.where):
         _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
