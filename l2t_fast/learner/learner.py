@@ -145,7 +145,9 @@ class L2T(nn.Module):
         *of_sources, of_target = (Shapes(n.shapes, n.classes, n.hidden) for n in (*source_networks, target_network))
         self.terms = nn.ModuleList(make(TermNetworks(tuple(of_sources), of_target)) for make in terms)
         for heads in (self.projections, self.what, self.where, self.terms):
-            heads.to(example)
+            # Not what is there already: tensors without numbers (`candidates`) cannot be exchanged.
+            if any((p.dtype, p.device) != (example.dtype, example.device) for p in heads.parameters()):
+                heads.to(example)
 
     def train(self, mode: bool = True) -> "L2T":
         """Training mode for the target; the sources stay in evaluation mode."""

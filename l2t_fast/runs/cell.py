@@ -96,7 +96,11 @@ def _fit(
     batches = data.train.num_batches(optim.batch_size)
     watch = make_watch(title, epochs, batches)
     schedule = Schedule(epochs, optim.batch_size, optim.lr, seed)
+    watch.say("building the engine: passes on two images show how the target can be differentiated twice\n")
     engine = make_engine(config, learner, watch.say)
+    if not (folder / "last.pt").exists():
+        size = "x".join(map(str, data.image_shape[1:]))
+        watch.say(f"first iteration, on {min(optim.batch_size, len(data.train))} images of {size}\n")
     made = {**what, "seed": str(seed), **inputs(learner.sources, data)}
     result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch, made)
     watch.done(result["test_accuracy_last"])

@@ -19,6 +19,7 @@ from l2t_fast.runs.build import (
     source_data,
     trains_sources,
 )
+from l2t_fast.runs.made import layers
 from l2t_fast.settings.options import TrainConfig
 
 SKIPPED = "skipped-images.txt"
@@ -42,14 +43,13 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
     optim, seed = config.optim, (config.seeds or (0,))[0]
     if optim.mode == "graph" and device.type != "cuda":
         raise L2TError(f"--mode graph needs a CUDA device, not {device}: leave it out.")
+    networks = " + ".join((*(config.source.source or ()), str(config.target.target)))
+    _say(console, f"{config.data.dataset}: reading images, building and examining {networks} ...")
     eager = dataclasses.replace(config, optim=dataclasses.replace(optim, mode="eager"))
     data = load_data(config.data, seed)
     if data.skipped:
-        console.print(
-            f"{config.data.dataset}: {len(data.skipped)} images cannot be read and are left out; {SKIPPED} lists them",
-            highlight=False,
-            soft_wrap=True,
-        )
+        left_out = f"{len(data.skipped)} images cannot be read and are left out; {SKIPPED} lists them"
+        _say(console, f"{config.data.dataset}: {left_out}")
     sources = build_sources(config)
     if trains_sources(config):
         source_data(config)
@@ -62,7 +62,11 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
             unfit[method] = error
             continue
         check_data(engine, config, data)
-        console.print(
-            f"{describe(config, method, data, learner, start)}; {device}", highlight=False, soft_wrap=True, markup=False
-        )
+        _say(console, f"{describe(config, method, data, learner, start)}; {device}")
+        if learner.uses_sources:
+            _say(console, f"  {layers(learner)['layers']}")
     return unfit
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
