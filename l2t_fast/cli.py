@@ -144,15 +144,23 @@ def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     pretrain.pretrain(settings, console, _GIVEN.get())
 
 
-def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Say and draw what a run or a table has learned: which pairs were chosen, and how peaked the channel weights are.
+def inspect(
+    what: Annotated[str, tyro.conf.Positional],
+    target: str | None = None,
+    image_size: int = 224,
+    batch_size: int = 64,
+) -> None:
+    """Say and draw what a run has learned; or, of a network, which layers can be matched and what it costs.
 
     Args:
-        run: folder of a run or of a table
+        what: folder of a run or of a table; or a network, by its name as for --source
+        target: of a network: the network to which it is matched, by its name as for --target
+        image_size: side of the images, in pixels
+        batch_size: images in an iteration
     """
-    from l2t_fast.reports import inspection
+    from l2t_fast.runs.networks import inspect_anything
 
-    inspection.inspect(run, _Output())
+    inspect_anything(what, target, image_size, batch_size, _Output())
 
 
 def doctor(runs: Path = Path("runs")) -> None:

@@ -34,12 +34,12 @@ from benchmarks.contenders.ways import (
     ways_of,
 )
 from benchmarks.measure import floors, timing
-from benchmarks.measure.counts import count
 from benchmarks.measure.rates import device_rates, rates_row
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, add_row_arguments, append, begin, contender_name, say, unavailable, write
 from l2t_fast import Engine
 from l2t_fast.choices import Mode
+from l2t_fast.engine.counts import count
 
 BY = ("reference", "official", "engine")
 SWEEP_BATCH = (0.5, 2)  # of the case's own

@@ -135,7 +135,7 @@ def find_taps(
     with undisturbed(module, example.device), torch.no_grad():
         torch.manual_seed(0)
         x = torch.randn(2, *example.shape[1:]).to(example)  # two, since BatchNorm cannot train on one image
-        trial = _Trial({m for found in watched.values() if found for m in [found[0]]}, AxisTrail(x))
+        trial = Trial({m for found in watched.values() if found for m in [found[0]]}, AxisTrail(x))
         result = trial.run(module, x, role)
     taps: list[Tap] = []
     features: list[Tensor] = []
@@ -207,7 +207,7 @@ def _feature(
     layer: str,
     found: tuple[nn.Module, int | None] | None,
     modules: Mapping[str, nn.Module],
-    trial: "_Trial",
+    trial: "Trial",
     role: str,
 ) -> tuple[nn.Module, int, Tensor]:
     """(the module, which call of it, the feature) that a name means."""
@@ -237,7 +237,7 @@ def _listed(lead: str, names: Sequence[str]) -> str:
     return f"{lead} {', '.join(repr(name) for name in names[:6])}" if names else ""
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """One call of a watched module."""
 
     output: Any
@@ -245,13 +245,13 @@ class _Call(NamedTuple):
     number: int  # of calls that had returned before
 
 
-class _Trial(TorchDispatchMode):
+class Trial(TorchDispatchMode):
     """One forward pass, and what the watched modules return in it."""
 
     def __init__(self, watched: set[nn.Module], trail: AxisTrail) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._watched, self.trail = watched, trail
-        self.calls: dict[nn.Module, list[_Call]] = {}
+        self.calls: dict[nn.Module, list[Call]] = {}
         self._linear: list[tuple[nn.Module, Any, Any]] = []
         self._writes: list[tuple[int, int, str]] = []  # (storage, how many calls had returned, operation)
         self._count = 0
@@ -272,7 +272,7 @@ class _Trial(TorchDispatchMode):
 
     def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and not t.is_inference()]
-        call = _Call(output, {id(t): t._version for t in tensors}, self._count)
+        call = Call(output, {id(t): t._version for t in tensors}, self._count)
         self.calls.setdefault(module, []).append(call)
         self._count += 1
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from l2t_fast.data.splits import Data, load_data
@@ -16,7 +15,7 @@ from l2t_fast.errors import L2TError
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import find_method
 from l2t_fast.networks.architectures import VGG9_SIDE, build_model
-from l2t_fast.networks.layers import default_layers
+from l2t_fast.networks.libraries import is_file, ready_made
 from l2t_fast.networks.weights import checkpoint_classes, load_weights
 from l2t_fast.runs.device import why_no_gpu
 from l2t_fast.settings.options import EngineOptions, TrainConfig
@@ -66,30 +65,20 @@ def build_sources(config: TrainConfig, folders: Sequence[Path] = ()) -> list[nn.
     weights: Sequence[str | Path] = part.source_weights or [folder / "source.pt" for folder in folders]
     if not weights and not part.source_classes:
         raise L2TError(
-            "the source network has no weights: give --source-weights FILE (or imagenet), or the --source-classes to "
-            "train it on."
+            "the source network has no weights: give --source-weights FILE (or imagenet, or pretrained for timm's), or "
+            "the --source-classes to train it on."
         )
     networks: list[nn.Module] = []
     for s, (name, width) in enumerate(zip(names, widths, strict=True)):
         if not weights:
             torch.manual_seed(s)
             networks.append(build_model(name, len(part.source_classes or ()), width))
-        elif weights[s] == "imagenet":
-            networks.append(_imagenet(name))
+        elif not is_file(str(weights[s])):
+            networks.append(ready_made(name, str(weights[s])))
         else:
             networks.append(build_model(name, checkpoint_classes(weights[s], name, width), width))
             load_weights(networks[-1], weights[s])
     return networks
-
-
-def _imagenet(name: str) -> nn.Module:
-    try:
-        network: nn.Module = torchvision.models.get_model(name, weights="DEFAULT")
-    except (ValueError, OSError) as error:
-        raise L2TError(
-            f"torchvision's ImageNet weights of '{name}' cannot be had ({error}): give a checkpoint file."
-        ) from error
-    return network
 
 
 def source_data(config: TrainConfig) -> Data:
@@ -131,23 +120,29 @@ def make_learner(
         source.to(device)
     start = method.start(target, sources) if method.start is not None else ""
     if method.pairs is None and not method.terms:
-        return target, plain_learner(target, data, device), start
-    preparing("finding the layers")
-    learner = method.learner(
-        sources,
-        target,
-        source_layers=_source_layers(config, sources),
-        target_layers=part.target_layers or default_layers(part.target, target),
-        where=config.optim.where,
-        example=torch.zeros(2, *data.image_shape, device=device),
-    )
+        learner = plain_learner(target, data, device)
+    else:
+        preparing("finding the layers")
+        learner = method.learner(
+            sources,
+            target,
+            source_layers=_source_layers(config, sources),
+            target_layers=part.target_layers or None,
+            where=config.optim.where,
+            example=torch.zeros(2, *data.image_shape, device=device),
+        )
+    if learner.classes != data.num_classes:
+        raise L2TError(
+            f"{part.target} has {learner.classes} outputs for {data.num_classes} classes: let it take num_classes, and "
+            "have so many."
+        )
     return target, learner, start
 
 
-def _source_layers(config: TrainConfig, sources: Sequence[nn.Module]) -> list[list[str]]:
-    names, given = config.source.source or (), config.source.source_layers
+def _source_layers(config: TrainConfig, sources: Sequence[nn.Module]) -> list[list[str]] | None:
+    given = config.source.source_layers
     if given is None:
-        return [default_layers(name, source) for name, source in zip(names, sources, strict=True)]
+        return None
     if len(sources) == 1:
         return [[layer for names in given for layer in names.split(",")]]
     return [layers.split(",") for layers in given]

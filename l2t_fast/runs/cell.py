@@ -21,7 +21,7 @@ from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.reports.pictures import weights as plots
 from l2t_fast.runs.build import build_sources, make_engine, make_learner, method_config, plain_learner, source_data
-from l2t_fast.runs.made import cell_settings, inputs, shared_settings
+from l2t_fast.runs.made import cell_settings, inputs, layers, shared_settings
 from l2t_fast.runs.progress import MakeWatch, RunWatch
 from l2t_fast.runs.tensorboard import ToTensorBoard
 from l2t_fast.settings.options import TrainConfig
@@ -78,7 +78,8 @@ def train_cell(
         if len(learner.what) or len(learner.where):
             save_text(folder / "pairs.json", json.dumps(_named_pairs(learner)) + "\n")
         with within_memory(lambda: _OUTSIDE):
-            result = _fit(folder, title, config, seed, epochs, target, learner, data, watch, what, callbacks)
+            of_all = {**what, **layers(learner)}
+            result = _fit(folder, title, config, seed, epochs, target, learner, data, watch, of_all, callbacks)
         if len(learner.what) or len(learner.where):
             _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
         save_text(folder / "result.json", json.dumps({**result, "made": {**what, "seed": str(seed)}}, indent=2) + "\n")
@@ -132,7 +133,8 @@ def _fit(
     made = {**what, "seed": str(seed), **inputs(learner.sources, data)}
     told = [*callbacks, *(_TRACKERS[name]() for name in config.log)]
     watch.begins(data.train.num_batches(optim.batch_size))
-    watch.preparing("first step")
+    size = "x".join(map(str, data.image_shape[1:]))
+    watch.preparing(f"first step, on {min(optim.batch_size, len(data.train))} images of {size}")
     result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch, made, told, title)
     watch.done(result["test_accuracy_last"])
     return result

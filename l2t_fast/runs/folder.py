@@ -10,6 +10,7 @@ from pathlib import Path
 from l2t_fast.errors import L2TError
 from l2t_fast.files import load_json, make_folder, save_text
 from l2t_fast.networks.checkpoint import split_prefix
+from l2t_fast.networks.libraries import is_file
 from l2t_fast.reports.column import Problems, in_order, read_problems
 from l2t_fast.runs.build import trains_sources, uses_sources
 from l2t_fast.runs.lock import alone, begun, check_free
@@ -102,7 +103,7 @@ def write_problems(column: Path, config: TrainConfig, found: Problems) -> None:
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
     """Of what the settings only point at, the SHA-256: weights of sources, split files, npz; of a folder its place."""
-    weights = [split_prefix(name)[0] for name in config.source.source_weights or () if name != "imagenet"]
+    weights = [split_prefix(name)[0] for name in config.source.source_weights or () if is_file(name)]
     splits = [Path(f"{config.data.split}-{part}") for part in ("train", "val", "test")] if config.data.split else []
     found = {
         f"{kind} {i + 1}": hashlib.sha256(path.expanduser().read_bytes()).hexdigest()

@@ -19,6 +19,7 @@ from l2t_fast.runs.build import (
     source_data,
     trains_sources,
 )
+from l2t_fast.runs.made import layers
 from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
 from l2t_fast.runs.tensorboard import check_tensorboard
 from l2t_fast.settings.options import TrainConfig
@@ -61,11 +62,8 @@ def _look(config: TrainConfig, device: torch.device, console: Console, watch: Tr
     watch.preparing("reading the images")
     data = load_data(config.data, seed)
     if data.skipped:
-        console.print(
-            f"{config.data.dataset}: {len(data.skipped)} images cannot be read and are left out; {SKIPPED} lists them",
-            highlight=False,
-            soft_wrap=True,
-        )
+        left_out = f"{len(data.skipped)} images cannot be read and are left out; {SKIPPED} lists them"
+        _say(console, f"{config.data.dataset}: {left_out}")
     sources = build_sources(config)
     if trains_sources(config):
         source_data(config)
@@ -83,7 +81,11 @@ def _look(config: TrainConfig, device: torch.device, console: Console, watch: Tr
         check_data(engine, config, data)
         if method == (config.method or ())[0]:
             check_export(target, config.export, torch.zeros(2, *data.image_shape))
-        console.print(
-            f"{describe(config, method, data, learner, start)}; {device}", highlight=False, soft_wrap=True, markup=False
-        )
+        _say(console, f"{describe(config, method, data, learner, start)}; {device}")
+        if learner.uses_sources:
+            _say(console, f"  {layers(learner)['layers']}")
     return unfit
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

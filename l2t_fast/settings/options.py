@@ -18,13 +18,16 @@ class SourceConfig:
     """
 
     source: tuple[str, ...] | None = None
-    """architecture of each: resnet32, vgg9_bn, or any classification network of torchvision"""
+    """architecture of each: resnet32, vgg9_bn, any classification network of torchvision (NAME or torchvision/NAME) or
+    of timm (timm/NAME), or MODULE:FUNCTION, which returns one"""
     source_weights: tuple[str, ...] | None = None
-    """of each a checkpoint FILE (FILE:PREFIX if it holds several networks), or `imagenet` for torchvision's own"""
+    """of each a checkpoint FILE (FILE:PREFIX if it holds several networks), `imagenet` for torchvision's own,
+    `pretrained` or `hf-hub:ORG/NAME` for timm's, or `own` for those that MODULE:FUNCTION gives it"""
     source_width: tuple[float, ...] | None = None
     """multiplies the channels of resnet20/32/.. and vgg9_bn: one number for all, or one for each"""
     source_layers: tuple[str, ...] | None = None
-    """layers to match, named as in named_modules(); of several sources for each a list joined by commas"""
+    """layers to match, named as in named_modules(); of several sources for each a list joined by commas. By default
+    the last of each resolution (`l2t-fast inspect NETWORK` shows them)"""
     source_classes: tuple[int, ...] | None = None
     """without weights: first train the sources on these classes of the data set"""
     source_epochs: int | None = None
@@ -39,11 +42,12 @@ class TargetConfig:
     """
 
     target: str | None = None
-    """its architecture: vgg9_bn, resnet32, or any classification network of torchvision"""
+    """its architecture: vgg9_bn, resnet32, any classification network of torchvision or of timm (timm/NAME), or
+    MODULE:FUNCTION"""
     target_width: float | None = None
     """multiplies the channels of resnet20/32/.. and vgg9_bn"""
     target_layers: tuple[str, ...] | None = None
-    """layers to match, named as in named_modules()"""
+    """layers to match, named as in named_modules(); by default the last of each resolution"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +188,8 @@ class PretrainConfig:
     resume: bool = False
     """go on with the run NAME"""
     network: str | None = None
-    """its architecture: resnet32 by default, vgg9_bn, or any classification network of torchvision"""
+    """its architecture: resnet32 by default, vgg9_bn, any classification network of torchvision or of timm (timm/NAME),
+    or MODULE:FUNCTION"""
     width: float | None = None
     """multiplies the channels of resnet20/32/.. and vgg9_bn, by default by 1"""
     seed: int | None = None

@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from benchmarks.measure.counts import count
 from l2t_fast import L2TError
 from l2t_fast.engine import memory
+from l2t_fast.engine.counts import count
 from l2t_fast.engine.iteration import Iteration
 from l2t_fast.errors import ran_out
 from l2t_fast.learner.learner import L2T
