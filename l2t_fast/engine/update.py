@@ -66,28 +66,17 @@ class Update:
         if self._plain:
             group = self.groups[0]
             return *sgd_step(theta, state, g, group.lr, group.rule), None  # type: ignore[arg-type]
-        given, norm = self._clip(theta, g)
-        moved, after = list(theta), [*state]
-        if isinstance(self.rule, AdamW):
-            after[-1] = state[-1] + 1
-        n = len(theta)
+        given, norm = (list(g), None) if self.max_norm is None else clip(_wide(g, theta), self.max_norm)
+        t = [] if isinstance(self.rule, SGD) else [state[-1] + 1]
+        rows = [theta, *self._parts(state)]
+        after = [list(row) for row in rows]
         for group in self._used:
-            where = group.members
-            of_group = [theta[i] for i in where], [given[i] for i in where]
-            if isinstance(group.rule, SGD):
-                new, *moments = sgd_step(of_group[0], [state[i] for i in where], of_group[1], group.lr, group.rule)
-            else:
-                before = Moments([state[i] for i in where], [state[n + i] for i in where])
-                new, moments = adamw_step(of_group[0], before, of_group[1], after[-1], group.lr, group.rule)  # type: ignore[assignment]
-            for k, i in enumerate(where):
-                moved[i] = new[k]
-                for part, moment in enumerate(moments):
-                    after[part * n + i] = moment[k]
-        kept = None
-        if norm is not None or isinstance(self.rule, AdamW):
-            values = [None if x is None else x.detach() for x in g]
-            kept = Kept(values, norm, after if isinstance(self.rule, AdamW) else [])
-        return moved, after, kept
+            _put(after, group, _step(group, _of(rows, group), _of([given], group)[0], t))
+        moved, *parts = after
+        new_state = [x for part in parts for x in part] + t
+        if norm is None and not t:
+            return moved, new_state, None
+        return moved, new_state, Kept([None if x is None else x.detach() for x in g], norm, new_state if t else [])
 
     def step_(self, theta: Tensors, state: Tensors, g: Sequence[Tensor | None]) -> None:
         """The same in place."""
@@ -99,11 +88,7 @@ class Update:
         torch._foreach_copy_([*theta, *state], [*moved, *after])
 
     def adjoint_(
-        self,
-        u_theta: Tensors,
-        u_state: Tensors | None,
-        dtypes: Sequence[torch.dtype | None],
-        kept: Kept | None,
+        self, u_theta: Tensors, u_state: Tensors | None, dtypes: Sequence[torch.dtype | None], kept: Kept | None
     ) -> tuple[list[Tensor | None], Tensors]:
         """The adjoint of `step` in the direction (u_θ, u_state): (ḡ, of the state before); u_θ becomes θ̄ in place.
 
@@ -112,43 +97,23 @@ class Update:
         if self._plain:
             group = self.groups[0]
             return sgd_adjoint_(u_theta, u_state, dtypes, group.lr, group.rule)  # type: ignore[arg-type]
-        n = len(u_theta)
-        wanted = dtypes
-        if self.max_norm is not None:
-            wanted = [None if d is None else u.dtype for u, d in zip(u_theta, dtypes, strict=True)]
-        g = self._wide(u_theta, kept.g) if kept is not None else []
-        given = g
+        nothing: list[Any] = [None] * len(u_theta)
+        g = nothing if kept is None else _wide(kept.g, u_theta)
+        wide, given = list(dtypes), g
         if kept is not None and kept.norm is not None and self.max_norm is not None:
+            wide = [None if d is None else u.dtype for u, d in zip(u_theta, dtypes, strict=True)]
             given = clipped(g, kept.norm, self.max_norm)
-        bar: list[Tensor | None] = [None] * n
-        before: Tensors = list(u_theta) * (1 if isinstance(self.rule, SGD) else 2)
+        u_parts = [] if u_state is None else self._parts(u_state)
+        after, t = (self._parts(kept.state), kept.state[-1:]) if kept is not None and kept.state else ([], [])
+        bars = [list(nothing) for _ in range(1 + self._moments)]
         for group in self._used:
-            where = group.members
-            u = [u_theta[i] for i in where]
-            moments: Sequence[Tensors]
-            if isinstance(group.rule, SGD):
-                u_v = None if u_state is None else [u_state[i] for i in where]
-                g_bar, v_bar = sgd_adjoint_(u, u_v, [wanted[i] for i in where], group.lr, group.rule)
-                moments = [v_bar]
-            else:
-                assert kept is not None
-                u_moments, after = (
-                    None if row is None else Moments([row[i] for i in where], [row[n + i] for i in where])
-                    for row in (u_state, kept.state)
-                )
-                assert after is not None
-                of_group = [given[i] for i in where]
-                g_bar, moments = adamw_adjoint_(  # type: ignore[assignment]
-                    u, u_moments, after, of_group, kept.state[-1], group.lr, group.rule
-                )
-            for k, i in enumerate(where):
-                bar[i] = None if dtypes[i] is None else g_bar[k]
-                for part, moment in enumerate(moments):
-                    before[part * n + i] = moment[k]
+            u, of_wide, of_g = _of([u_theta, wide, given], group)
+            _put(bars, group, _adjoint_(group, u, _of(u_parts, group), of_wide, _of(after, group), of_g, t))
+        bar, *parts = bars
         if kept is not None and kept.norm is not None and self.max_norm is not None:
             bar = clip_adjoint(bar, g, kept.norm, self.max_norm)
-        narrow = zip(bar, dtypes, strict=True)
-        return [None if x is None or d is None else x.to(d) for x, d in narrow], before
+        narrow = [None if x is None or d is None else x.to(d) for x, d in zip(bar, dtypes, strict=True)]
+        return narrow, [x for part in parts for x in part]
 
     @property
     def mixes(self) -> bool:
@@ -164,13 +129,55 @@ class Update:
     def _used(self) -> list[Group]:
         return [group for group in self.groups if group.members]
 
-    def _clip(self, theta: Tensors, g: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor | None]:
-        return (list(g), None) if self.max_norm is None else clip(self._wide(theta, g), self.max_norm)
+    @property
+    def _moments(self) -> int:
+        return 1 if isinstance(self.rule, SGD) else 2
 
-    @staticmethod
-    def _wide(theta: Tensors, g: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """∇ in the precision of θ."""
-        return [None if x is None else x.to(p.dtype) for p, x in zip(theta, g, strict=True)]
+    def _parts(self, state: Tensors) -> list[Tensors]:
+        """v, or m and s, of each parameter."""
+        n = len(state) // self._moments  # t at the end of AdamW's is left over
+        return [state[k * n : (k + 1) * n] for k in range(self._moments)]
+
+
+def _of(rows: Sequence[Sequence[Any]], group: Group) -> list[list[Any]]:
+    return [[row[i] for i in group.members] for row in rows]
+
+
+def _put(rows: Sequence[list[Any]], group: Group, values: Sequence[Sequence[Any]]) -> None:
+    for row, of_group in zip(rows, values, strict=True):
+        for i, value in zip(group.members, of_group, strict=True):
+            row[i] = value
+
+
+def _step(group: Group, rows: list[Tensors], g: list[Tensor | None], t: Tensors) -> list[Tensors]:
+    """(θ', moments') of (θ, moments)."""
+    theta, *moments = rows
+    if isinstance(group.rule, SGD):
+        return list(sgd_step(theta, moments[0], g, group.lr, group.rule))
+    moved, after = adamw_step(theta, Moments(*moments), g, t[0], group.lr, group.rule)
+    return [moved, *after]
+
+
+def _adjoint_(
+    group: Group,
+    u: Tensors,
+    u_moments: list[Tensors],
+    dtypes: list[torch.dtype | None],
+    after: list[Tensors],
+    g: list[Tensor | None],
+    t: Tensors,
+) -> list[list[Any]]:
+    """(ḡ, of the moments before); u becomes θ̄."""
+    if isinstance(group.rule, SGD):
+        return list(sgd_adjoint_(u, u_moments[0] if u_moments else None, dtypes, group.lr, group.rule))
+    u_both = Moments(*u_moments) if u_moments else None
+    g_bar, before = adamw_adjoint_(u, u_both, Moments(*after), g, t[0], group.lr, group.rule)
+    return [g_bar, *before]
+
+
+def _wide(g: Sequence[Tensor | None], theta: Tensors) -> list[Tensor | None]:
+    """∇ in the precision of θ."""
+    return [None if x is None else x.to(p.dtype) for p, x in zip(theta, g, strict=True)]
 
 
 def make_update(
