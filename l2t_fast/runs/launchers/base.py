@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -115,7 +116,11 @@ def carry_out_there(task: Task, threads: int, folder: str, tell: Tell) -> tuple[
         folder: the working folder of who sent the task, from which its paths count.
     """
     asked: list[int] = []
-    os.chdir(folder)
+    try:
+        os.chdir(folder)
+    except OSError:
+        where = socket.gethostname()
+        return "failed", f"{where} has no folder {folder}: start the table where all machines have the same files."
     torch.set_num_threads(threads)
     before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in STOPS}
     try:

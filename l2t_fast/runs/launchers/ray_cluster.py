@@ -59,7 +59,8 @@ class OnRay:
         except self._ray.exceptions.TaskCancelledError:
             return "stopped", ("",)
         except self._ray.exceptions.RayError as error:
-            return "failed", (f"Ray gave it up ({type(error).__name__}): give fewer --jobs, or a smaller --batch-size",)
+            why = (str(error).strip().splitlines() or [""])[-1][:200]
+            return "failed", (f"Ray gave it up ({type(error).__name__}: {why})",)
         return how, (words,)
 
     def stop(self) -> None:

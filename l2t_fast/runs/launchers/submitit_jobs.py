@@ -4,6 +4,7 @@ Submitit itself writes the scripts, looks how jobs stand, and has a job that run
 again; the training goes on from its last checkpoint. What a training tells is lines in the log of its job.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -97,14 +98,14 @@ class Submitit:
         for job in self._jobs:
             if self._local:
                 # A job of the local executor is a process that hands SIGTERM on; `cancel` would not let it save.
-                os.kill(int(job.handle.job_id), signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(job.handle.job_id), signal.SIGTERM)
             else:
                 job.handle.cancel(check=False)  # scancel: SIGTERM, which lets it save
 
     def close(self, kill: bool) -> None:
-        if kill:
-            self.stop()
-        self._jobs = []
+        self.stop()
+        self._jobs, self._asked = [], False
 
 
 class _Job:
