@@ -14,6 +14,15 @@ EXTRAS = {
     "ray": ["ray>=2.40"],
     "submitit": ["submitit>=1.5"],
 }
+# What the tests of exactness need; those of extras are skipped where these are missing.
+TEST = [
+    *EXTRAS["digits"],
+    *EXTRAS["timm"],
+    "hypothesis>=6.100",
+    "pytest>=8.2",
+    "pytest-benchmark>=5.0",
+    "pytest-xdist>=3.6",
+]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 KERNELS = ["l2t_fast.kernels", *(f"l2t_fast.kernels.{name}" for name in find_packages("kernels"))]
 
@@ -27,7 +36,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["l2t_fast*"]), *KERNELS],
     package_dir={"l2t_fast.kernels": "kernels"},
-    package_data={"l2t_fast": ["py.typed"]},
+    package_data={"l2t_fast": ["py.typed"], "l2t_fast.reports": ["report.html"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -43,16 +52,14 @@ setup(
     extras_require={
         **EXTRAS,
         "docs": DOCS,
+        "test": TEST,
         "dev": [
+            *TEST,
             *(requirement for extra in EXTRAS.values() for requirement in extra),
             *DOCS,
-            "hypothesis>=6.100",
             "mypy>=1.13",
             "playwright>=1.48",
             "pre-commit>=4.0",
-            "pytest>=8.2",
-            "pytest-benchmark>=5.0",
-            "pytest-xdist>=3.6",
             "ruff>=0.8",
         ],
     },

@@ -29,7 +29,12 @@ COMMANDS = {
     "training": ("suites.training", "whole trainings: images a second, seconds to an accuracy"),
     "official-accuracy": ("suites.official_accuracy", "does the engine train as the authors' code? losses, accuracies"),
     "jobs": ("suites.jobs", "trainings a minute with one, two, ... side by side"),
-    "held": ("suites.held", "what a long training holds: memory, open files, threads"),
+    "busy": ("suites.busy", "an iteration beside busy neighbours, its waiting threads spinning or asleep (a CPU)"),
+    "scaling": (
+        "suites.scaling",
+        "bytes and latency against compute, 1 to 1,024 GPUs: a model, what breaks first",
+    ),
+    "held": ("suites.held", "what long work holds: memory, open files, threads, processes"),
     "sensitivity": ("suites.sensitivity", "how much of the meta-gradient is signal, along a training"),
     "aot": ("suites.aot", "compile every Triton kernel ahead of time, for every architecture; needs no GPU"),
     "precompile": ("suites.precompile", "compile the engine's Triton kernels side by side, for this GPU"),

@@ -33,6 +33,7 @@ def stages() -> dict[str, Stage]:
         "others-cifar": suite(90, "iterations", *cifar, *graph, "--precisions", "fp32", "--rounds", "5", "--others"),
         "steps": suite(120, "steps", *cifar, "--rounds", "7"),
         "training": suite(60, "training", "--epochs", "3", "--methods", "scratch", "l2t-ww"),
+        "replicas": suite(300, "jobs", "--replicas", "1", "2", "4", "8", "--cases", "tiny", "cifar", "--rounds", "5"),
         "tests-compile": _tests(300, "compile"),
         "compile-cifar": suite(400, "iterations", *cifar, "--modes", "compile", "--rounds", "5"),
     }

@@ -6,19 +6,17 @@ Every other line is a row with a `kind` ("operator", "iteration", ...) and eithe
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from l2t_fast.errors import L2TError
+from l2t_fast.runs.machine import describe_machine, device_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -63,13 +61,7 @@ def header(device: torch.device, config: Row, revision: str | None = None) -> Ro
     """The first line: device, versions, commit, time and `config`, what was asked for."""
     return {
         "kind": "run",
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        **{package: _version(package) for package in ("triton", "torchvision")},
-        "python": platform.python_version(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        **describe_machine(device),
         "commit": revision or commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "config": config,
@@ -146,10 +138,6 @@ def contender_name(row: Row) -> str:
     return " ".join(words)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-
-
 def commit() -> str:
     """The revision, with a + where files differ from it; results do not count."""
 
@@ -169,16 +157,3 @@ def commit() -> str:
 def say(text: str, columns: Sequence[str] = ()) -> None:
     """Tells how it goes, on stderr."""
     print("".join([f"{text:<40}", *(f"{column:>11}" for column in columns)]).rstrip(), file=sys.stderr, flush=True)
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -11,11 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from l2t_fast.engine.engine import Engine
     from l2t_fast.errors import L2TError
+    from l2t_fast.kernels.adamw.rule import AdamW
+    from l2t_fast.kernels.sgd.rule import SGD
     from l2t_fast.learner.learner import L2T
+    from l2t_fast.training.export import export
 
-__all__ = ["L2T", "Engine", "L2TError"]
+__all__ = ["L2T", "SGD", "AdamW", "Engine", "L2TError", "export"]
 
-_PLACES = {"L2T": "l2t_fast.learner.learner", "Engine": "l2t_fast.engine.engine", "L2TError": "l2t_fast.errors"}
+_PLACES = {
+    "L2T": "l2t_fast.learner.learner",
+    "Engine": "l2t_fast.engine.engine",
+    "SGD": "l2t_fast.kernels.sgd.rule",
+    "AdamW": "l2t_fast.kernels.adamw.rule",
+    "L2TError": "l2t_fast.errors",
+    "export": "l2t_fast.training.export",
+}
 
 
 def __getattr__(name: str) -> Any:

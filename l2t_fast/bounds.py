@@ -9,6 +9,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr", "meta_lr", "weight_decay", "meta_weight_decay"), (0.0, 1e6)),
     "momentum": (0.0, 1.0),
     "beta": (0.0, 1e39),  # the size of a loss is anything
+    "max_grad_norm": (1e-12, 1e39),
+    **dict.fromkeys(("beta1", "beta2"), (0.0, 1 - 1e-9)),  # of AdamW
+    "eps": (1e-30, 1e6),
     "width": (1e-6, 16.0),
     "inner_steps": (0, 1000),
     "accumulate": (1, 1000),
@@ -19,6 +22,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "per_class": (1, 10**9),
     **dict.fromkeys(("jobs", "threads"), (1, 1024)),
     "workers": (0, 256),
+    "replicas": (1, 64),
+    "gpus_per_cell": (0.001, 1.0),
 }
 
 

@@ -4,10 +4,12 @@ from typing import Literal
 
 Mode = Literal["auto", "eager", "graph", "compile"]
 Precision = Literal["fp32", "tf32", "bf16"]
+Tracker = Literal["tensorboard", "csv"]
 Memory = Literal["save", "recompute"]
 Scheme = Literal["transfer", "simulation"]
 What = Literal["softmax", "uniform"]
 Where = Literal["relu6", "relu6-inward", "relu", "relu-avg", "softplus", "fixed"]
+Export = Literal["safetensors", "torch-export", "onnx"]
 PairRule = Literal["all-to-all", "one-to-one", "single"]
 
 # Rows of the tables, in their order; those in LEARNING learn what or where to transfer, all others are baselines.

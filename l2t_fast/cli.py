@@ -18,8 +18,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from l2t_fast.environment import be_patient
-from l2t_fast.errors import Interrupted, L2TError, OutputClosed
+from l2t_fast.environment import be_patient, version_of
+from l2t_fast.errors import Interrupted, L2TError, OutputClosed, memory_watched
+from l2t_fast.settings.given import with_file, without_set
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
 from l2t_fast.signals import exit_code
 
@@ -45,6 +46,11 @@ _ASCII = {
     "μ": "mu",
 }
 
+_DESCRIPTION = """Learning What and Where to Transfer (arXiv 1905.05901).
+
+`l2t-fast --version` says which this is; `l2t-fast --tyro-print-completion bash` (or zsh, tcsh) prints what completes
+its commands and options in a shell."""
+
 # The commands import what they run after the arguments are read, so that --help answers at once.
 
 
@@ -55,6 +61,11 @@ class _Output(Console):
         self.quiet = True
         _to_nowhere()
         raise OutputClosed
+
+
+def _loading(console: Console) -> contextlib.AbstractContextManager[object]:
+    """Says so in a terminal: PyTorch takes seconds."""
+    return console.status("loading PyTorch") if not console.quiet else contextlib.nullcontext()
 
 
 def _to_nowhere() -> None:
@@ -77,45 +88,102 @@ def _print_anything() -> None:
             stream.reconfigure(errors="l2t_fast")
 
 
-def train(config: tyro.conf.OmitArgPrefixes[TrainConfig]) -> None:
+# Read by `without_set`, before the options are; here for --help.
+Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set")]
+
+
+def train(
+    settings: tyro.conf.OmitArgPrefixes[TrainConfig], config: Path | None = None, overrides: Overrides = ()
+) -> None:
     """Train a target network with what source networks know, and say what came out.
 
     Without arguments: digits. A small source network learns the digits 0-4, then a target learns 5-9 from ten images
     each, from scratch and with L2T-ww, three seeds; a table and pictures at the end.
+
+    Args:
+        config: config.json of a run, or its folder, by default none: its settings, in a run of its own; options that
+            are given beside it count instead of what it says
+        overrides: settings by their names in config.json, such as optim.lr=0.05 seeds=0,1 (of one method alone:
+            --settings)
     """
-    from l2t_fast.runs.run import run
+    console = _Output(quiet=settings.quiet)
+    with _loading(console):
+        from l2t_fast.runs.run import run
 
-    run(config, _Output(), _GIVEN.get())
+    run(with_file(settings, config, _GIVEN.get()), console, _GIVEN.get())
 
 
-def table(config: tyro.conf.OmitArgPrefixes[TableConfig]) -> None:
+def table(
+    settings: tyro.conf.OmitArgPrefixes[TableConfig], config: Path | None = None, overrides: Overrides = ()
+) -> None:
     """Train methods x targets x seeds side by side, and write the table.
 
     Without arguments: all methods on digits, three seeds. The same command goes on after any interruption, and may be
     given more methods, targets and seeds: a cell that is done is not trained again.
-    """
-    from l2t_fast.runs.table import run
 
-    if not run(config, _Output()):
+    Args:
+        config: table.json of a table, or its folder, by default none: its settings; options that are given beside it
+            count instead of what it says
+        overrides: settings by their names in table.json, such as optim.lr=0.05 seeds=0,1 (of one method alone:
+            --settings)
+    """
+    console = _Output(quiet=settings.quiet)
+    with _loading(console):
+        from l2t_fast.runs.table import run
+
+    if not run(with_file(settings, config, _GIVEN.get()), console):
         raise L2TError("some cells have failed: the table says why; the same command tries them again.")
 
 
-def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
+def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Train a source network from scratch; its checkpoint is for --source-weights."""
-    from l2t_fast.runs import pretrain
+    console = _Output(quiet=settings.quiet)
+    with _loading(console):
+        from l2t_fast.runs import pretrain
 
-    pretrain.pretrain(config, _Output(), _GIVEN.get())
+    pretrain.pretrain(settings, console, _GIVEN.get())
 
 
-def inspect(run: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Say and draw what a run or a table has learned: which pairs were chosen, and how peaked the channel weights are.
+def inspect(
+    what: Annotated[str, tyro.conf.Positional],
+    target: str | None = None,
+    image_size: int = 224,
+    batch_size: int = 64,
+) -> None:
+    """Say and draw what a run has learned; or, of a network, which layers can be matched and what it costs.
+
+    Args:
+        what: folder of a run or of a table; or a network, by its name as for --source
+        target: of a network: the network to which it is matched, by its name as for --target
+        image_size: side of the images, in pixels
+        batch_size: images in an iteration
+    """
+    from l2t_fast.runs.networks import inspect_anything
+
+    inspect_anything(what, target, image_size, batch_size, _Output())
+
+
+def doctor(runs: Path = Path("runs")) -> None:
+    """Say what is installed, what will compute, and what is in the way; exit code 3 where something is.
+
+    Args:
+        runs: where the folders of runs are to be
+    """
+    from l2t_fast.runs import doctor
+
+    doctor.examine(runs, _Output())
+
+
+def report(run: Annotated[Path, tyro.conf.Positional], results: Path | None = None) -> None:
+    """Write RUN/report.html, one page with all of a run or a table, finished or not: curves, pairs, tables, timings.
 
     Args:
         run: folder of a run or of a table
+        results: a file of `python -m benchmarks`, to show measured iterations beside their floors
     """
-    from l2t_fast.reports import inspection
+    from l2t_fast.reports import page
 
-    inspection.inspect(run, _Output())
+    page.report(run, _Output(), results)
 
 
 def bench() -> None:
@@ -143,15 +211,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "table": table,
         "pretrain": pretrain,
         "inspect": inspect,
+        "doctor": doctor,
+        "report": report,
         "bench": bench,
     }
     be_patient()
     _print_anything()
-    _GIVEN.set(_names(given))
     try:
         if given[:1] == ["bench"]:  # its arguments are its own
             run_bench(given[1:])
-        tyro.extras.subcommand_cli_from_dict(commands, prog="l2t-fast", args=given)
+        if given[:1] == ["--version"]:
+            print("l2t-fast", version_of("l2t-fast") or "(a checkout that is not installed)")
+            return
+        given = without_set(given)
+        _GIVEN.set(_names(given))
+        with memory_watched():
+            tyro.extras.subcommand_cli_from_dict(commands, prog="l2t-fast", description=_DESCRIPTION, args=given)
     except L2TError as error:
         Console(stderr=True).print(f"l2t-fast: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.status)

@@ -1,5 +1,11 @@
 """The exceptions that bad input and a machine in the way raise, and the one of who was asked to stop."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# How PyTorch says it.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "ALLOC_FAILED")
+
 
 class L2TError(ValueError):
     """Bad input, said in one sentence: what is wrong and what to do.
@@ -26,6 +32,40 @@ class MachineError(L2TError):
 
 class RankError(MachineError):
     """Another process of the same training has failed or ended."""
+
+
+class ReadError(L2TError):
+    """Images cannot be read: what was learned until then is good."""
+
+
+class LostWorkerError(ReadError, MachineError):
+    """The processes that read images do not stay alive."""
+
+
+class NoMemoryError(MachineError):
+    """What was asked for does not fit in memory."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory was what an operation lacked: Python's, PyTorch's or the GPU's."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
+@contextmanager
+def memory_watched() -> Iterator[None]:
+    """Raises NoMemoryError where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        why = str(error).strip().partition("\n")[0] or "of the machine"
+        raise NoMemoryError(
+            f"memory ran out ({why}): give --memory recompute, fewer --jobs, or a smaller network, --batch-size or "
+            "--image-size."
+        ) from error
 
 
 class Interrupted(Exception):

@@ -55,7 +55,7 @@ def save_text(path: Path, text: str) -> None:
     Raises:
         MachineError: as `save_checkpoint`.
     """
-    save_bytes(path, text.encode())
+    save_bytes(path, text.encode("utf-8", "surrogateescape"))  # names of files may be any bytes
 
 
 def save_bytes(path: Path, content: bytes | memoryview) -> None:

@@ -28,6 +28,7 @@ from l2t_fast.reference_networks import (
     switched_hooks,
     twice_differentiable,
 )
+from l2t_fast.reference_steps import State, adjoint, take_step
 
 What = Literal["softmax", "uniform"]
 Where = Literal["relu6", "relu", "relu-avg", "softplus", "fixed"]
@@ -63,7 +64,7 @@ class Reference:
 
     L_wfm(θ|x,φ) = β Σ_pairs mean_b λ_b Σ_c w_bc (1/HW) Σ_ij (r(T^n(x)) − R(S^m(x)))²_bcij   (paper, section 2.1)
     with w_b = softmax(f(pool S^m)) and λ_b = relu6(g(pool S^m)), pool = global average;
-    L_total = L_org + L_wfm, L_org = cross entropy.
+    L_total = L_org + L_wfm, L_org = `loss` of outputs and labels, cross entropy by default.
 
     Args:
         sources: source network, or several; they are put into eval mode and frozen.
@@ -79,6 +80,8 @@ class Reference:
             number a for each pair; "fixed": λ = 1.
         example: images [B, 3, H, W], from which the channel counts are learnt.
         lr, momentum, weight_decay, nesterov: SGD for θ, in real and in simulated steps.
+        optimizer: or what makes of θ, by name, a torch.optim.SGD or AdamW, with groups of parameters as it likes.
+        max_grad_norm: the gradient of each real and simulated step is clipped to this global norm.
         meta_lr, meta_weight_decay: Adam for φ.
         beta: β.
         inner_steps: T.
@@ -118,6 +121,9 @@ class Reference:
         source_maps: Maps | None = None,
         target_maps: Maps | None = None,
         logits: int | str | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer] | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         for value, options in ((what, What), (where, Where), (scheme, Scheme)):
             if value not in get_args(options):
@@ -131,7 +137,7 @@ class Reference:
         self.pairs = list(pairs)
         self.where_kind = where
         self.beta, self.inner_steps, self.scheme = beta, inner_steps, scheme
-        self.source_maps, self.target_maps, self.logits = source_maps, target_maps, logits
+        self.source_maps, self.target_maps, self.logits, self.loss = source_maps, target_maps, logits, loss
         if len(self.sources) != len(self.source_layers):
             raise L2TError("Give a list of layers for each source network.")
         for model, layers in zip([*self.sources, target], [*self.source_layers, self.target_layers], strict=True):
@@ -188,8 +194,11 @@ class Reference:
             for part, module in (("what", self.what), ("where", self.where))
             for name, p in module.named_parameters()
         }
-        self.optimizer = torch.optim.SGD(
-            self.theta.values(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        self.max_grad_norm = max_grad_norm
+        self.optimizer = (
+            torch.optim.SGD(self.theta.values(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+            if optimizer is None
+            else optimizer(self.theta)
         )
         self.meta_optimizer = (
             torch.optim.Adam(self.phi.values(), lr=meta_lr, weight_decay=meta_weight_decay) if self.phi else None
@@ -295,12 +304,12 @@ class Reference:
         return loss
 
     def _org(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(select(self.target(x), self.logits), y)
+        return self.loss(select(self.target(x), self.logits), y)
 
     def _losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """L_org and L_wfm of a batch."""
         output, features = forward_with_features(self.target, self.target_layers, x, self.target_maps)
-        return F.cross_entropy(select(output, self.logits), y), self.beta * self._matching(x, features)
+        return self.loss(select(output, self.logits), y), self.beta * self._matching(x, features)
 
     def _total(self, x: Tensor, y: Tensor) -> Tensor:
         org, matching = self._losses(x, y)
@@ -320,10 +329,7 @@ class Reference:
     def _sgd_step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
-        for p in self.theta.values():
-            if p.grad is None:  # momentum and weight decay reach this parameter too
-                p.grad = torch.zeros_like(p)
-        self.optimizer.step()
+        take_step(self.optimizer, list(self.theta.values()), self.max_grad_norm)
 
     def _tensors(self) -> list[Tensor]:
         return [t for m in (self.target, self.projections) for t in (*m.parameters(), *m.buffers())]
@@ -366,31 +372,21 @@ class Reference:
             meta_loss.backward()
         generators = Generators.get(self._device())
 
-        # A step is g = ∇L(θ) + wd θ; v' = μ v + g; θ' = θ − α v' (Nesterov: θ' = θ − α (g + μ v')).
-        # With p = dL_meta/dθ', q = dL_meta/dv', its adjoint is
-        #   q̄ = q − α p               (Nesterov: q − α μ p), all that reaches v'
-        #   ḡ = q̄                     (Nesterov: q̄ − α p), all that reaches g
-        #   dL_meta/dv = μ q̄;  dL_meta/dθ = p + wd ḡ + ∂⟨∇L, ḡ⟩/∂θ;  dL_meta/dφ += ∂⟨∇L, ḡ⟩/∂φ
         adjoint_p = [torch.zeros_like(p) if p.grad is None else p.grad for p in theta]
-        adjoint_v = [torch.zeros_like(p) for p in theta]
-        group = self.optimizer.param_groups[0]
-        lr, mu, wd, nesterov = (group[k] for k in ("lr", "momentum", "weight_decay", "nesterov"))
+        adjoint_state: State | None = None
         for objective, state in zip(reversed(objectives), reversed(saved), strict=True):
             self._restore(state)
-            adjoint_v = [q - lr * (mu if nesterov else 1) * p for p, q in zip(adjoint_p, adjoint_v, strict=True)]
-            adjoint_g = [q - lr * p if nesterov else q for p, q in zip(adjoint_p, adjoint_v, strict=True)]
             for p in theta:
                 p.grad = None
             with switched_hooks(self.target) as off:
                 gradient = torch.autograd.grad(objective(), theta, create_graph=True, allow_unused=True)
+                adjoint_g, adjoint_p, adjoint_state = adjoint(
+                    self.optimizer, self.max_grad_norm, theta, gradient, adjoint_p, adjoint_state
+                )
                 products = [(g * a).sum() for g, a in zip(gradient, adjoint_g, strict=True) if g is not None]
                 off.append("the adjoint")
                 torch.stack(products).sum().backward()  # adds to the gradients of φ
-            adjoint_p = [
-                p + wd * a + (0 if leaf.grad is None else leaf.grad)
-                for p, a, leaf in zip(adjoint_p, adjoint_g, theta, strict=True)
-            ]
-            adjoint_v = [mu * q for q in adjoint_v]
+            adjoint_p = [p if x.grad is None else p + x.grad for p, x in zip(adjoint_p, theta, strict=True)]
         self._restore(replace(start, generators=generators))
         meta_gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in phi]
         for p in (*theta, *phi):

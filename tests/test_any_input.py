@@ -223,7 +223,7 @@ def test_settings_of_methods(count: int) -> None:
 def test_arguments_of_engines_and_of_data(count: int) -> None:
     learner = L2T(network(), network(), source_layers=["1"], target_layers=["1"], example=torch.zeros(2, 3, 6, 6))
     names = ["lr", "momentum", "weight_decay", "nesterov", "meta_lr", "meta_weight_decay", "beta", "inner_steps"]
-    names += ["scheme", "mode", "precision", "memory"]
+    names += ["scheme", "mode", "precision", "memory", "loss", "optimizer", "groups", "max_grad_norm"]
     arguments = st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=3)
     for_each(arguments, count, lambda given: Engine(learner, **given, say=lambda text: None))
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from l2t_fast import Engine
 from l2t_fast.cli import main
 from l2t_fast.files import load_checkpoint
 from l2t_fast.settings.defaults import resolve
@@ -129,6 +131,30 @@ def test_interrupt_saves_and_resume_goes_on(tmp_path: Path) -> None:
         theirs = load_checkpoint(tmp_path / "whole/run/l2t-ww/seed-0/last.pt")["engine"][name]
         for key in theirs:
             assert torch.equal(ours[key], theirs[key])
+
+
+def test_a_preemption_in_a_slow_batch_is_that_batch_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM while a batch is computed: it is finished and saved, and no other is begun."""
+    step, steps = Engine.step, 0
+
+    def slow(engine: Engine, *batch: Any) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return step(engine, *batch)
+
+    monkeypatch.setattr(Engine, "step", slow)
+    given = [*SMALL[:2], "--method", "scratch", "--seeds", "0", "--epochs", "2", "--batch-size", "10", "--name", "run"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *given, "--runs", str(tmp_path)])
+    assert stopped.value.code == 143
+    assert steps == 3
+    cell = tmp_path / "run/scratch/seed-0"
+    state = load_checkpoint(cell / "last.pt")["state"]
+    assert (state["epoch"], state["iteration"]) == (0, 3)
+    assert [row["iteration"] for row in read_metrics(cell / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

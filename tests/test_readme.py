@@ -15,6 +15,7 @@ DOCUMENTS = (
     "benchmarks/README.md",
     "docs/faults.md",
     "docs/many-devices.md",
+    "docs/your-loop.md",
 )
 
 

@@ -31,6 +31,7 @@ FIRST: Row = {"kind": "run", "config": {"benchmark": "cells"}}
 SIGNIFICANT = 0.05
 _KEY = ("table", "column", "method", "seed")
 _HOW = ("epochs", "batch_size", "lr", "precision")  # alike for all methods of a group, as a rule
+_OF_THE_MACHINE = ("runs", "device", "jobs", "launcher", "gpus_per_cell", "replicas", "submitit")
 _OWN = ("beta", "meta_lr", "where")  # of methods that match features
 
 
@@ -83,7 +84,7 @@ def _flags(config: Any, default: Any) -> Iterator[str]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from _flags(value, getattr(default, f.name))
-        elif f.name not in ("runs", "device", "jobs") and value != getattr(default, f.name):
+        elif f.name not in _OF_THE_MACHINE and value != getattr(default, f.name):
             values = value if isinstance(value, tuple) else (value,)
             # Of files the names: where they lie is another matter on another machine.
             shown = [Path(v).name if f.name in ("data_root", "source_weights") else str(v) for v in values]

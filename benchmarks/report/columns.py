@@ -173,6 +173,87 @@ SECTIONS = {
     "inner step": Section("Inner steps", "", STEP),
     "source": Section("The source pre-pass", "", STEP),
     "input": Section("The input pipeline", "One batch; `plain`: torchvision's transforms, image by image.", STEP),
+    "scaling breaks": Section(
+        "Many GPUs: what breaks first",
+        "A model, not a measurement: exact data parallelism in nodes of eight GPUs, nothing overlapped. Where the "
+        "efficiency (compute / (compute + communication)) first falls below 90 %, and whether latency or bytes do it; "
+        "weak: a batch of the case on every GPU, strong: one divided among them. Against latency: trees, as NCCL picks "
+        "by itself where they are faster, and more images a GPU. Against bytes: buckets that go while the backward "
+        "pass still runs, which stays exact, and nodes on InfiniBand.",
+        (
+            MarkdownColumn("case", text("case")),
+            MarkdownColumn("scaling", text("scaling")),
+            MarkdownColumn("network of nodes", text("network")),
+            MarkdownColumn("all-reduce", text("by")),
+            MarkdownColumn("GPUs, first below 90 %", number("gpus", ".0f"), "---:"),
+            MarkdownColumn("by", text("what")),
+            MarkdownColumn("latency there, ms", number("latency_ms"), "---:"),
+            MarkdownColumn("transfer there, ms", number("transfer_ms"), "---:"),
+            MarkdownColumn("most GPUs", number("most_gpus", ".0f"), "---:"),
+            MarkdownColumn("efficiency there", number("efficiency", ".0%"), "---:"),
+        ),
+    ),
+    "scaling": Section(
+        "Many GPUs: an iteration",
+        "The model's rows. Bytes: what a GPU sends in an iteration. Compute: as the column says it is known.",
+        (
+            MarkdownColumn("case", text("case")),
+            MarkdownColumn("scaling", text("scaling")),
+            MarkdownColumn("network of nodes", text("network")),
+            MarkdownColumn("all-reduce", text("by")),
+            MarkdownColumn("GPUs", number("gpus", ".0f"), "---:"),
+            MarkdownColumn("all-reduces", number("all_reduces", ".0f"), "---:"),
+            MarkdownColumn("MB sent", number("wire_bytes", ".4g", 1e-6), "---:"),
+            MarkdownColumn("latency, ms", number("latency_ms"), "---:"),
+            MarkdownColumn("transfer, ms", number("transfer_ms"), "---:"),
+            MarkdownColumn("compute, ms", number("compute_ms", ".4g"), "---:"),
+            MarkdownColumn("known by", text("compute_by")),
+            MarkdownColumn("efficiency", number("efficiency", ".0%"), "---:"),
+        ),
+    ),
+    "all-reduce": Section(
+        "All-reduces between processes of this CPU",
+        "The sets of gradients of an iteration, by gloo; beside them start + bytes / speed of an empty and a large one "
+        "of the same run. Every sum was checked.",
+        (
+            MarkdownColumn("case", text("case")),
+            MarkdownColumn("processes", number("processes", ".0f"), "---:"),
+            MarkdownColumn("all-reduces", number("all_reduces", ".0f"), "---:"),
+            MarkdownColumn("MB sent", number("wire_bytes", ".4g", 1e-6), "---:"),
+            MarkdownColumn("ms", milliseconds),
+            MarkdownColumn("model, ms", number("model_ms", ".4g"), "---:"),
+            MarkdownColumn("an empty one, ms", number("empty_ms"), "---:"),
+            MarkdownColumn("GB/s", number("bytes_per_second", ".3g", 1e-9), "---:"),
+            MarkdownColumn("load of the machine", number("load", ".0f"), "---:"),
+            MarkdownColumn("", notes),
+        ),
+    ),
+    "iteration of ranks": Section(
+        "Iterations of several processes of this CPU",
+        "The tiny case, its batch divided among them; error: of the meta-gradient in float64, from that of the whole "
+        "batch in one process.",
+        (
+            MarkdownColumn("case", text("case")),
+            MarkdownColumn("batch", text("batch")),
+            MarkdownColumn("processes", number("processes", ".0f"), "---:"),
+            MarkdownColumn("ms", milliseconds),
+            MarkdownColumn("error, float64", number("error_float64", ".1e")),
+            MarkdownColumn("load of the machine", number("load", ".0f"), "---:"),
+            MarkdownColumn("", notes),
+        ),
+    ),
+    "replicas": Section(
+        "Engines by turns in one process",
+        "Exact: each ends where it ends alone, to the bit on a CPU, on a GPU as near as one engine to itself.",
+        (
+            MarkdownColumn("case", text("case")),
+            MarkdownColumn("batch", text("batch")),
+            MarkdownColumn("replicas", number("replicas", ".0f"), "---:"),
+            MarkdownColumn("iterations/s of all", number("iterations_per_second", ".4g"), "---:"),
+            MarkdownColumn("error", number("error", ".1e")),
+            MarkdownColumn("", notes),
+        ),
+    ),
     "training": Section(
         "Whole trainings",
         "Data, validation and checkpoints included.",

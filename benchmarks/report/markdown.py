@@ -52,8 +52,9 @@ def markdown(first: Row, rows: Sequence[Row], pictures: Sequence[str]) -> str:
     rates = {name: rate for row in rows if row["kind"] == "rates" for name, rate in row["rates"].items()}
     if rates:
         copy = rates.pop("copy")
-        products = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
-        parts.append(f"Measured rates of the device: copy {copy / 1e9:.4g} GB/s, product of matrices {products}.\n")
+        flops = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
+        of = next(row.get("of", "product of matrices") for row in rows if row["kind"] == "rates")
+        parts.append(f"Measured rates of the device: copy {copy / 1e9:.4g} GB/s, {of} {flops}.\n")
     absent = sorted({row["telemetry"] for row in rows if isinstance(row.get("telemetry"), str)})
     parts += [f"Clocks, temperature and energy are not known ({reason}).\n" for reason in absent]
     throttled = [row for row in rows if row.get("throttled")]

@@ -24,6 +24,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
         "roofline.png": roofline(done),
         "time_against_T.png": lines(done, "inner_steps", "ms_median", "T", "ms an iteration"),
         "time_against_batch.png": lines(done, "batch", "ms_median", "images in a batch", "ms an iteration"),
+        "scaling.png": scaling(done),
         "memory_against_T.png": lines(done, "inner_steps", "peak_bytes", "T", "peak memory, MB", scale=1e-6),
     }
     for name, figure in drawn.items():
@@ -76,7 +77,7 @@ def roofline(rows: Sequence[Row]) -> Any:
     grid = [x[0] * (x[1] / x[0]) ** (i / 200) for i in range(201)]
     for style, precision in zip(("-", "--", "-."), [name for name in rates if name != "copy"], strict=False):
         roof = [min(rates["copy"] * i, rates[precision]) for i in grid]
-        axes.plot(grid, roof, style, color="0.3", label=f"roof, {precision}: measured copy and product")
+        axes.plot(grid, roof, style, color="0.3", label=f"roof, {precision}: measured copy, product or convolution")
     kinds: dict[tuple[str, str], list[Row]] = {}
     for row in points:
         by = row["by"] if row["kind"] == "operator" else contender_name(row)
@@ -94,6 +95,34 @@ def roofline(rows: Sequence[Row]) -> Any:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte, at least", ylabel="FLOP/s of the least work")
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def scaling(rows: Sequence[Row]) -> Any:
+    """Efficiency against the number of GPUs, as modelled: a panel for each case and way to scale."""
+    panels: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in (row for row in rows if row["kind"] == "scaling"):
+        curves = panels.setdefault((row["case"], row["scaling"]), {})
+        curves.setdefault(f"{row['by']}, {row['network']}", []).append(row)
+    if not panels:
+        return None
+    columns = len({scaling for _, scaling in panels})
+    count = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        count, columns, figsize=(5.2 * columns, 3.6 * count), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, ((case, way), curves) in zip(grid.flat, panels.items(), strict=True):
+        for style, (name, points) in zip(STYLES, curves.items(), strict=False):
+            axes.plot([row["gpus"] for row in points], [row["efficiency"] for row in points], style, label=name, ms=4)
+        first = next(iter(curves.values()))[0]
+        axes.set_title(f"{case}, {way}; {first['compute_ms']:.3g} ms on one GPU, {first['compute_by']}", fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="GPUs, in nodes of 8", ylabel="compute / (compute + communication)", ylim=(0, 1.05))
+        axes.axhline(0.9, color="0.6", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.set_xticks([row["gpus"] for row in next(iter(curves.values()))])
+        axes.xaxis.set_major_formatter("{x:.0f}")
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

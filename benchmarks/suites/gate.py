@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import timing
-from benchmarks.measure.counts import count
 from benchmarks.rows import say
 from l2t_fast import Engine
+from l2t_fast.engine.counts import count
 
 EXPECTATIONS = Path(__file__).parent / "expectations.json"
 CPU = torch.device("cpu")

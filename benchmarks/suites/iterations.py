@@ -34,12 +34,12 @@ from benchmarks.contenders.ways import (
     ways_of,
 )
 from benchmarks.measure import floors, timing
-from benchmarks.measure.counts import count
-from benchmarks.measure.rates import device_rates
+from benchmarks.measure.rates import device_rates, rates_row
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, add_row_arguments, append, begin, contender_name, say, unavailable, write
 from l2t_fast import Engine
 from l2t_fast.choices import Mode
+from l2t_fast.engine.counts import count
 
 BY = ("reference", "official", "engine")
 SWEEP_BATCH = (0.5, 2)  # of the case's own
@@ -232,7 +232,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = begin("iterations", arguments)
     torch.backends.cudnn.benchmark = True  # as the official code has it; for all alike
     rates = device_rates(("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32",), device)
-    append(arguments.output, {"kind": "rates", "rates": rates})
+    append(arguments.output, rates_row(rates))
     for case in chosen_cases(arguments):
         start = perf_counter()
         judge = Judge(case, device)

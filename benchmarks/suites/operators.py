@@ -35,7 +35,7 @@ from benchmarks.contenders.operators import (
 )
 from benchmarks.measure import floors, timing
 from benchmarks.measure.capture import Call, Ready, launches, own_stream, ready, size
-from benchmarks.measure.rates import DTYPES, device_rates, set_precision
+from benchmarks.measure.rates import DTYPES, device_rates, rates_row, set_precision
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, add_row_arguments, append, begin, say, unavailable
 from benchmarks.shapes import MATCHING_SHAPES
@@ -161,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
     own_stream(device)
     start = perf_counter()
     rates = device_rates(arguments.precisions, device)
-    append(arguments.output, {"kind": "rates", "rates": rates})
+    append(arguments.output, rates_row(rates))
     work = [(case, p, operator) for p in arguments.precisions for case in arguments.cases for operator in OUTPUTS]
     # The case of many pairs takes longest: it comes last, where it may be cut off.
     work.sort(key=lambda job: job[0] == "four-source")

@@ -11,6 +11,7 @@ compared with float64.
 
 import argparse
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from torchvision import transforms
 from benchmarks.cases import Case, State, add_case_arguments, chosen_cases
 from benchmarks.contenders.judge import CHECK_BATCH, relative_error
 from benchmarks.measure import floors, timing
-from benchmarks.measure.rates import device_rates
+from benchmarks.measure.rates import device_rates, rates_row
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, add_row_arguments, append, begin, say, unavailable, write
 from l2t_fast.data.images import MEAN, PAD, STD, TensorSet
@@ -122,14 +123,18 @@ def _adjoint(grads: Sequence[Tensor | None], theta: Sequence[Tensor], u: Sequenc
 
 
 def plain_source(case: Case, dtype: torch.dtype, *, state: State, device: torch.device) -> Call:
-    """The features of every source layer, by forward hooks."""
+    """The features of every source layer, by forward hooks; w and λ pair by pair."""
     reference = case.reference(device, dtype, state)
     x, _ = case.images(0, device, dtype)
 
     @torch.no_grad()
     def call() -> Output:
         taps = zip(reference.sources, reference.source_layers, strict=True)
-        return [feature for source, layers in taps for feature in forward_with_features(source, layers, x)[1]]
+        S = [forward_with_features(source, layers, x)[1] for source, layers in taps]
+        pooled = [S[s][m].mean((2, 3)) for s, m, _ in reference.pairs]
+        w = [F.softmax(f(feature), 1) for f, feature in zip(reference.what, pooled, strict=True)]
+        lam = [F.relu6(g(feature))[:, 0] for g, feature in zip(reference.where, pooled, strict=True)]
+        return [*itertools.chain(*S), *w, *lam]
 
     return call
 
@@ -141,8 +146,8 @@ def engine_source(case: Case, dtype: torch.dtype, *, state: State, device: torch
     @torch.no_grad()
     def call() -> Output:
         S = learner.source_features(x)
-        learner.weights(S)
-        return S
+        w, lam = learner.weights(S)
+        return [*S, *w, *lam]
 
     return call
 
@@ -285,7 +290,7 @@ def run(arguments: argparse.Namespace) -> None:
     """All steps of each case."""
     device = begin("steps", arguments)
     rates = device_rates(("fp32",), device)
-    append(arguments.output, {"kind": "rates", "rates": rates})
+    append(arguments.output, rates_row(rates))
     slow = "compiled on a GPU only: Inductor takes minutes on a CPU, and gains nothing there"
     missing = {} if device.type == "cuda" else {"compiled": slow}
     for case in chosen_cases(arguments):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import floors
-from benchmarks.measure.rates import device_rates
+from benchmarks.measure.rates import device_rates, rates_row
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, add_row_arguments, append, begin, say, unavailable, write
 from l2t_fast import L2T, Engine
@@ -193,5 +193,5 @@ def run(arguments: argparse.Namespace) -> None:
     """Each method in turn."""
     device = begin("training", arguments)
     rates = device_rates(("fp32",), device)
-    append(arguments.output, {"kind": "rates", "rates": rates})
+    append(arguments.output, rates_row(rates))
     write(arguments.output, training_rows(arguments, device, rates), show)

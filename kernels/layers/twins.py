@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l2t_fast.kernels.layers.autograd import plain_suffices
 from l2t_fast.kernels.layers.batch_norm import batch_norm
 from l2t_fast.kernels.layers.convolution import convolution
 from l2t_fast.kernels.layers.max_pool import max_pool
@@ -139,7 +140,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         input = _as_weight(input, self.weight)
-        if not _pads_by_number(self) or input.dim() != 4 or input.dtype != self.weight.dtype or _autocast(input):
+        own = plain_suffices(input) or not _pads_by_number(self) or input.dim() != 4
+        if own or input.dtype != self.weight.dtype or _autocast(input):
             return nn.Conv2d.forward(self, input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return convolution(input, self.weight, self.bias, *geometry)  # type: ignore[no-any-return]
@@ -156,7 +158,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """Affine `nn.BatchNorm2d`; twice differentiable in training mode. Takes bfloat16 beside float32 parameters."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _normalises(self, input):
+        if plain_suffices(input) or not _normalises(self, input):
             return nn.BatchNorm2d.forward(self, input)
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -177,7 +179,7 @@ class BatchStatistics2d(BatchNorm2d):
     """The same with running statistics left alone, in training mode."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if _normalises(self, input):
+        if not plain_suffices(input) and _normalises(self, input):
             return batch_norm(input, self.weight, self.bias, self.eps)[0]  # type: ignore[no-any-return]
         if not self.training:
             return nn.BatchNorm2d.forward(self, input)  # which reads its statistics
@@ -191,7 +193,8 @@ class MaxPool2d(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         known = input.dtype in (torch.float32, torch.float64, torch.bfloat16)
-        if self.return_indices or input.dim() != 4 or not known or _autocast(input):
+        own = plain_suffices(input) or self.return_indices or input.dim() != 4
+        if own or not known or _autocast(input):
             return nn.MaxPool2d.forward(self, input)  # type: ignore[no-any-return]
         pairs = (_pair(n) for n in (self.kernel_size, self.stride or self.kernel_size, self.padding, self.dilation))
         return max_pool(input, *pairs, self.ceil_mode)  # type: ignore[no-any-return]

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 
+from l2t_fast.data.loading import load
 from l2t_fast.data.readers.layout import open_image
 from l2t_fast.data.streams import AUGMENTATION, ORDER, keyed_generator
 from l2t_fast.errors import L2TError
-from l2t_fast.signals import held_back, leave_group
 
 # Statistics of ImageNet, which the authors use for every data set.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -204,7 +204,7 @@ class FolderSet(ImageSet):
         return _beside(batches, self.labels.device)
 
     def eval_batches(self, batch_size: int) -> Iterator[LabelledBatch]:
-        return self._load(torch.arange(len(self)), [*_centre(self.size), *_FLOAT], self._in_order(batch_size))
+        return self._load(torch.arange(len(self)), [*_centre(self.size), *_FLOAT], batch_size)
 
     def checksum(self, so_far: int = 0) -> int:
         names = "\0".join("/".join(path.replace("\\", "/").split("/")[-2:]) for path in self.paths)
@@ -220,7 +220,7 @@ class FolderSet(ImageSet):
     def resized(self, size: int) -> TensorSet:
         images = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
         shape = [transforms.Resize((size, size)), transforms.PILToTensor()]
-        for i, (x, _) in enumerate(self._load(torch.arange(len(self)), shape, self._in_order(_DECODED))):
+        for i, (x, _) in enumerate(self._load(torch.arange(len(self)), shape, _DECODED)):
             images[i * _DECODED : (i + 1) * _DECODED] = x
         return TensorSet(labels=self.labels, augment=self.augment, images=images, flip=True)
 
@@ -231,34 +231,15 @@ class FolderSet(ImageSet):
     def to(self, device: torch.device | str) -> FolderSet:
         return dataclasses.replace(self, labels=self.labels.to(device))
 
-    def _in_order(self, batch_size: int) -> list[range]:
-        return [range(begin, min(begin + batch_size, len(self))) for begin in range(0, len(self), batch_size)]
-
     def _load(
-        self, order: Tensor, shape: Sequence[_Transform], spans: Sequence[range], key: _Key = None
+        self, order: Tensor, shape: Sequence[_Transform], batches: int | Sequence[range], key: _Key = None
     ) -> Iterator[LabelledBatch]:
         device = self.labels.device
         labels = self.labels.tolist()
         samples = [(self.paths[i], labels[i]) for i in order.tolist()]
-        loader = DataLoader(
-            _Files(samples, shape, key),
-            batch_sampler=[list(span) for span in spans],
-            num_workers=self.workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_group,
-            generator=torch.Generator(),  # otherwise the loader draws from the global one
-        )
-        try:
-            with held_back():
-                batches = iter(loader)
-            for x, y in batches:
-                yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        except L2TError as error:  # a worker's message comes wrapped in its traceback
-            raise L2TError(str(error).strip().rpartition("L2TError: ")[2]) from None
-
-
-def _leave_group(_worker: int) -> None:
-    leave_group()
+        files = _Files(samples, shape, key)
+        for x, y in load(files, batches, self.workers, pin=device.type == "cuda"):
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def _beside(batches: Iterator[LabelledBatch], device: torch.device) -> Iterator[LabelledBatch]:
@@ -290,15 +271,7 @@ def _centre(size: int) -> list[_Transform]:
 @functools.lru_cache(maxsize=4)
 def _readable(paths: tuple[str, ...], workers: int) -> Tensor:
     """As `ImageSet.readable`; once in a process, as it takes as long as an epoch."""
-    loader = DataLoader(
-        _Tried(paths),
-        batch_size=_DECODED,
-        num_workers=workers,
-        generator=torch.Generator(),
-        worker_init_fn=_leave_group,
-    )
-    with held_back():
-        found = iter(loader)
+    found = load(_Tried(paths), _DECODED, workers)
     return torch.cat([torch.empty(0, dtype=torch.bool), *found])
 
 

@@ -16,15 +16,17 @@ class DataOptions:
     download: bool = False
     """fetch it there first if it is missing (those of 32 x 32)"""
     classes: tuple[int, ...] | None = None
-    """keep only these classes, relabelled 0, 1, ... in this order"""
+    """keep only these classes, relabelled 0, 1, ... in this order; by default all (digits: 5 6 7 8 9)"""
     val_fraction: float = 0.1
     """fraction of each class's training images held out for validation (npz has its own)"""
     split: str | None = None
     """PREFIX of the authors' files PREFIX-train, PREFIX-val, PREFIX-test, torch-saved (classes, indices) into the
-    training set (train, val) and the test set (test); they replace --classes and --val-fraction"""
+    training set (train, val) and the test set (test); they replace --classes and --val-fraction; by default
+    none"""
     image_size: int | None = None
-    """side of the images of folder and npz, 8 or more, by default 224 and the file's own. Those of npz, and of a folder
-    those smaller than 224, are resized to it and kept in memory: at most 4 GiB, one byte a pixel and channel"""
+    """side in pixels of the images of folder and npz, 8 or more, by default 224 and the file's own. Those of npz,
+    and of a folder those smaller than 224, are resized to it and kept in memory: at most 4 GiB, one byte a pixel and
+    channel"""
     workers: int = 2
     """processes that read images in files"""
     on_bad_image: Literal["stop", "skip"] = "stop"
@@ -42,4 +44,5 @@ class DataConfig(DataOptions):
     DATA_ROOT/test or DATA_ROOT/val); of its own size: npz (DATA_ROOT is a file of arrays as MedMNIST has them:
     train_images, uint8 [N, H, W] or [N, H, W, 3], train_labels, [N] or [N, 1], and the same of val and test)"""
     per_class: int | None = None
-    """limited data: so many labelled training images of each class, and at most as many for validation"""
+    """limited data: so many labelled training images of each class, and at most as many for validation; by default all
+    (digits: 10)"""

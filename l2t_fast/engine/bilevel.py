@@ -10,8 +10,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine.inner_step import Theta
 from l2t_fast.engine.shards import WHOLE, Part, Shards
-from l2t_fast.kernels.sgd.rule import SGD
-from l2t_fast.kernels.sgd.step import sgd_adjoint_, sgd_step
+from l2t_fast.engine.update import Kept, Update
 from l2t_fast.learner.hooks import sweeping
 
 Outer = Callable[[int, Theta], Tensor]  # (part, θ) -> ω L_meta
@@ -55,6 +54,7 @@ class _Step(NamedTuple):
 
     theta: Theta  # at its start; leaves of autograd, those that depend on a as variables
     dtypes: dict[str, torch.dtype]  # of ∇θ there
+    kept: Kept | None  # what the adjoint of the update reads
     # of each part:
     g: list[dict[str, GradientEdge]]  # the ends of the graph of ∇θ, whose values are used up; none when recomputed
     surroundings: list[Any]  # at its start, when recomputed
@@ -66,22 +66,21 @@ def meta_gradient(
     gradient: StepGradient,
     outer: Outer,
     theta: Theta,
-    momentum: Theta,
+    state: list[Tensor],
     a: Sequence[Sequence[Sequence[Tensor]]],
-    lr: Tensor,
-    rule: SGD,
+    update: Update,
     memory: Memory,
     surroundings: Sequence[Surroundings] = (),
     shards: Shards = WHOLE,
 ) -> tuple[Tensor, list[list[list[Tensor]]]]:
-    """(L_meta, dL_meta/da), exact to second order through all steps; θ and momentum stay as they are.
+    """(L_meta, dL_meta/da), exact to second order through all steps; θ and the optimizer's state stay as they are.
 
     a: of each part here, of each batch, a [B, C_s] for each pair. Reverse over reverse: each step's gradient is a graph
-    of its own from its θ and a, and the SGD rule between two of them is stepped and swept by hand, in one pass over
+    of its own from its θ and a, and the update between two of them is stepped and swept by hand, in one pass over
     memory each. The first step's θ is a constant, so that no Hessian product with respect to it is ever formed. With
     "save" the graphs of all steps are kept, with "recompute", and where there are several micro-batches, each is built
     once more when it is swept, in the `surroundings` (of each part) that it had. Of the parts of the joined batch
-    (`shards.py`) all ranks sum ∇θ, J^T ḡ and L_meta; dL_meta/da is that of the parts here.
+    (`shards.py`) all ranks sum ∇θ, J^T ḡ and L_meta, and update on the sums; dL_meta/da is that of the parts here.
     """
     names = list(theta)
     coefficients = [[[a_p.detach().requires_grad_() for a_p in of_batch] for of_batch in part] for part in a]
@@ -89,7 +88,7 @@ def meta_gradient(
     keep = memory == "save" and shards.count == 1
     arounds = () if keep else surroundings
 
-    steps, theta = _unroll(kinds, gradient, theta, momentum, coefficients, lr, rule, keep, arounds, shards)
+    steps, theta = _unroll(kinds, gradient, theta, state, coefficients, update, keep, arounds, shards)
     loss: Tensor | None = None
     u: Part | None = None
     end: list[Any] = []
@@ -103,15 +102,15 @@ def meta_gradient(
         del of_part
     assert u is not None
     assert loss is not None
-    # u: cotangents of θ and of the momentum where a step ends; both are overwritten as the sweep goes on.
+    # u: cotangents of θ and of the optimizer's state where a step ends; both are overwritten as the sweep goes on.
     *u, meta_loss = shards.over_ranks([*u, loss], [*theta.values(), loss])
     u_theta = _owned(u, list(theta.values()))
-    u_momentum: list[Tensor] | None = None
+    u_state: list[Tensor] | None = None
     while steps:
         step = steps.pop()
         kind, theta = kinds[len(steps)], step.theta
         dtypes = [step.dtypes.get(name) for name in names]
-        cotangents, u_momentum = sgd_adjoint_(u_theta, u_momentum, dtypes, lr, rule)
+        cotangents, u_state = update.adjoint_(u_theta, u_state, dtypes, step.kept)
         g_bar = dict(zip(names, cotangents, strict=True))
         of_theta: Part | None = None
         for part in range(len(a)):
@@ -151,10 +150,9 @@ def _unroll(
     kinds: Sequence[Kind],
     gradient: StepGradient,
     theta: Theta,
-    momentum: Theta,
+    state: list[Tensor],
     coefficients: Sequence[Sequence[list[Tensor]]],
-    lr: Tensor,
-    rule: SGD,
+    update: Update,
     keep: bool,
     arounds: Sequence[Surroundings],
     shards: Shards,
@@ -166,25 +164,29 @@ def _unroll(
     like = list(theta.values())
     for kind in kinds:
         start = {name: p.requires_grad_(name in reached) for name, p in theta.items()}
-        step = _Step(start, {}, [], [])
+        edges: list[dict[str, GradientEdge]] = []
+        surroundings: list[Any] = []
+        dtypes: dict[str, torch.dtype] = {}
+        found: set[str] = set()
         total: Part | None = None
         for part, of_part in enumerate(coefficients):
-            step.surroundings.extend(around.read() for around in arounds[part : part + 1])
+            surroundings.extend(around.read() for around in arounds[part : part + 1])
             with torch.enable_grad():
                 g = gradient(kind, part, start, of_part[kind.batch])
-            step.dtypes.update((name, x.dtype) for name, x in g.items())
-            step.g.append(_edges(g) if keep else {})
-            reached = reached.union(name for name, x in g.items() if x.requires_grad)
+            dtypes.update((name, x.dtype) for name, x in g.items())
+            edges.append(_edges(g) if keep else {})
+            found.update(name for name, x in g.items() if x.requires_grad)
             total = shards.plus(total, [g.get(name) for name in theta], like)
             del g  # and with it, unless it is kept, the graph
-        steps.append(step)
         assert total is not None
         total = shards.over_ranks(total, like)
-        new = sgd_step(list(theta.values()), list(momentum.values()), total, lr, rule)
-        del total
         if shards.group is not None:  # other ranks' gradients may have reached what none here did
-            reached = set(theta)
-        theta, momentum = (dict(zip(theta, tensors, strict=True)) for tensors in new)
+            dtypes = {name: dtypes.get(name, p.dtype) for name, p in theta.items()}
+        reached |= set(theta) if shards.group is not None or (found and update.mixes) else found
+        moved, state, kept = update.step(list(theta.values()), state, total)
+        steps.append(_Step(start, dtypes, kept, edges, surroundings))
+        del total
+        theta = dict(zip(theta, moved, strict=True))
     return steps, {name: p.requires_grad_(name in reached) for name, p in theta.items()}
 
 

@@ -143,7 +143,7 @@ class _Stage:
 
 
 class Graphs:
-    """Runs an iteration, and from its fourth run with inputs of the same shapes on as one replay.
+    """Runs an iteration, and from its fourth run with inputs of the same shapes and dtypes on as one replay.
 
     Args:
         iteration: what to run, on the tensors at their fixed places; everything it changes is changed in place.
@@ -163,7 +163,7 @@ class Graphs:
         Returns:
             Metrics, views of a ring: they hold for `ROWS` iterations.
         """
-        key = tuple(t.shape for t in tensors)
+        key = tuple((t.shape, t.dtype) for t in tensors)
         if key not in self._entries:
             self._entries[key] = _Entry(Inputs(like(tensors)))
         entry = self._entries[key]

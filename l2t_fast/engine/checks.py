@@ -9,7 +9,11 @@ from torch import Tensor, nn
 from l2t_fast.bounds import check_number, shown
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine.inner_step import parameters
+from l2t_fast.engine.loss import Loss
+from l2t_fast.engine.update import Rule
 from l2t_fast.errors import L2TError
+from l2t_fast.kernels.adamw.rule import AdamW
+from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.learner import L2T
 
 Images = Tensor | Sequence[Tensor]
@@ -25,6 +29,45 @@ def check_settings(words: Mapping[str, str], numbers: Mapping[str, Any], nestero
         check_number(name, value)
     if nesterov and not numbers["momentum"]:
         raise L2TError("nesterov=True needs momentum > 0.")
+
+
+def trained_parameter(target: nn.Module, precision: Precision) -> Tensor:
+    """A parameter of the target that is trained.
+
+    Raises:
+        L2TError: there is none, or of another dtype than the precision needs.
+    """
+    found = next((p for p in target.parameters() if p.requires_grad), None)
+    if found is None:
+        raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
+    if precision != "fp32" and found.dtype != torch.float32:
+        raise L2TError(f"precision='{precision}' needs float32 networks, not {found.dtype}: use 'fp32'.")
+    return found
+
+
+def choose_rule(rule: Any, momentum: float, weight_decay: float, nesterov: bool) -> Rule:
+    """The rule that θ moves by: that given, or SGD.
+
+    Raises:
+        L2TError: it is none, its numbers are out of bounds, or those of SGD are given beside it.
+    """
+    usual = SGD()
+    if rule is None:
+        return SGD(momentum, weight_decay, nesterov)
+    if (momentum, weight_decay, nesterov) != (usual.momentum, usual.weight_decay, usual.nesterov):
+        raise L2TError("optimizer= has its own momentum, weight_decay and nesterov: say them there.")
+    if isinstance(rule, SGD):
+        numbers = {"momentum": rule.momentum, "weight_decay": rule.weight_decay}
+        if rule.nesterov and not rule.momentum:
+            raise L2TError("nesterov=True needs momentum > 0.")
+    elif isinstance(rule, AdamW) and isinstance(rule.betas, tuple) and len(rule.betas) == 2:
+        numbers = {"beta1": rule.betas[0], "beta2": rule.betas[1], "eps": rule.eps, "weight_decay": rule.weight_decay}
+    else:
+        raise L2TError(f"optimizer={shown(rule)} is not to be had: use l2t_fast.SGD(...) or l2t_fast.AdamW(...).")
+    for name, value in numbers.items():
+        check_number(name, value)
+    chosen: Rule = rule
+    return chosen
 
 
 def check_target(learner: L2T, theta: Mapping[str, Tensor]) -> None:
@@ -75,7 +118,9 @@ def batches_in_a_row(
     return [*zip(xs, ys, strict=True), *([val] if val is not None else [])]
 
 
-def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, learner: L2T, look_at_labels: bool) -> None:
+def check_batch(
+    x: Tensor, y: Tensor, like: Tensor, smallest: int, learner: L2T, loss: Loss, look_at_labels: bool
+) -> None:
     """Raises L2TError for images and labels that do not fit each other, or a target with parameters `like`."""
     places = (like.device, torch.device("cpu"))
     if x.dim() != 4:
@@ -90,18 +135,33 @@ def check_batch(x: Tensor, y: Tensor, like: Tensor, smallest: int, learner: L2T,
             f"the images are {x.dtype} on {x.device}, the target is {like.dtype} on {like.device}: "
             "move them to the same device and dtype."
         )
-    if y.shape != x.shape[:1] or y.dtype != torch.int64 or y.device not in places:
+    if y.device not in places or not _are_labels(x, y, like, learner.target_network.output_shape, loss):
+        size = f"[{x.shape[0]}]" if len(learner.target_network.output_shape) == 1 else f"[{x.shape[0]}, ...]"
+        wanted = f"int64 of shape {size}" if loss.classes else f"of shape [{x.shape[0]}, ...]"
+        soft = f" (or probabilities of the classes, {like.dtype})" if loss.classes else ""
         raise L2TError(
-            f"the labels must be int64 of shape [{x.shape[0]}] on {x.device}, one an image, "
-            f"not {y.dtype} {list(y.shape)} on {y.device}."
+            f"the labels must be {wanted} on {x.device}, one an image{soft}, not {y.dtype} {list(y.shape)} on "
+            f"{y.device}."
         )
     if not len(x):
         raise L2TError("the batch is empty: give images and labels.")
     if x.shape[0] < smallest:
         raise L2TError("BatchNorm cannot train on a batch of one: give two images or more.")
-    if y.device.type == "cpu" or look_at_labels:
-        low, high = y.min().item(), y.max().item()
+    if loss.classes and not y.is_floating_point() and (y.device.type == "cpu" or look_at_labels):
+        counted = y if loss.ignored is None else y[y != loss.ignored]
+        if not len(counted):
+            raise L2TError(f"all labels are {loss.ignored}, which the loss ignores: give some that count.")
+        low, high = counted.min().item(), counted.max().item()
         if low < 0 or high >= learner.classes:
             raise L2TError(
                 f"the labels go from {low} to {high}, but the target has classes 0 to {learner.classes - 1}."
             )
+
+
+def _are_labels(x: Tensor, y: Tensor, like: Tensor, output_shape: tuple[int, ...], loss: Loss) -> bool:
+    """Whether y is of a shape and dtype that the loss may take; of others than cross entropy its trial says more."""
+    if not loss.classes:
+        return y.shape[:1] == x.shape[:1]
+    if y.is_floating_point():  # probabilities of the classes
+        return y.dtype == like.dtype and y.dim() == 1 + len(output_shape) and y.shape[:2] == (len(x), output_shape[0])
+    return y.dtype == torch.int64 and y.dim() == len(output_shape) and y.shape[:1] == x.shape[:1]

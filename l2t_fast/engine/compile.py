@@ -7,12 +7,13 @@ from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from l2t_fast.choices import Scheme
 from l2t_fast.engine import inner_step
 from l2t_fast.engine.bilevel import Kind, simulated_steps
-from l2t_fast.engine.inner_step import Gradient, StepInput, Theta
+from l2t_fast.engine.inner_step import Gradient, LossFunction, StepInput, Theta
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.learner import L2T, Networks
 
@@ -47,24 +48,29 @@ class Steps:
     functional: bool = False
 
 
-def plain_steps(learner: L2T, beta: float, networks: Networks | None = None) -> Steps:
+def plain_steps(
+    learner: L2T, beta: float, networks: Networks | None = None, loss: LossFunction = F.cross_entropy
+) -> Steps:
     """Each operation as PyTorch runs it."""
+    of_all: dict[str, Any] = {"networks": networks, "loss_function": loss}
 
     def source_pass(x: Tensor, resized: bool) -> Matched:
         S, kept = learner.source_pass(x, networks)
         return Matched(*learner.matching_sources(S, resized), *learner.coefficients(S, beta), kept)
 
     def gradient(kind: Kind, simulated: bool, theta: Theta, batch: StepInput, buffers: Buffers) -> Gradient:
-        of_kind = {"task": kind.task, "matching": kind.matching, "simulated": simulated}
-        return inner_step.gradient(learner, theta, batch, **of_kind, buffers=buffers, networks=networks)
+        of_kind: dict[str, Any] = {"task": kind.task, "matching": kind.matching, "simulated": simulated}
+        return inner_step.gradient(learner, theta, batch, **of_kind, **of_all, buffers=buffers)
 
     def task_loss(theta: Theta, x: Tensor, y: Tensor, buffers: Buffers) -> Tensor:
-        return inner_step.task_loss(learner, theta, x, y, buffers=buffers, networks=networks)
+        return inner_step.task_loss(learner, theta, x, y, **of_all, buffers=buffers)
 
     return Steps(source_pass, gradient, task_loss)
 
 
-def compiled_steps(learner: L2T, beta: float, units: Sequence[str], say: Say) -> Steps:
+def compiled_steps(
+    learner: L2T, beta: float, units: Sequence[str], say: Say, loss: LossFunction = F.cross_entropy
+) -> Steps:
     """Each step on the traced networks through torch.compile, once for each of the `units` that it is called for.
 
     The unit is one inner step, never the unrolled iteration: the cost does not grow with T. The step's adjoint is the
@@ -73,7 +79,7 @@ def compiled_steps(learner: L2T, beta: float, units: Sequence[str], say: Say) ->
     Raises:
         L2TError: networks that cannot be traced; in a first call, where PyTorch cannot compile the unit.
     """
-    steps = plain_steps(learner, beta, learner.traced_networks())
+    steps = plain_steps(learner, beta, learner.traced_networks(), loss)
     made: dict[str, Callable[..., Any]] = {}
 
     def run(unit: str, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -110,6 +116,11 @@ def compiled_steps(learner: L2T, beta: float, units: Sequence[str], say: Say) ->
         lambda theta, x, y, buffers: run(OUTER, steps.task_loss, theta, x, y, buffers),
         functional=True,
     )
+
+
+def shapes_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What steps are compiled for."""
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
 SOURCES, OUTER = "source features", "meta loss"

@@ -1,11 +1,13 @@
 """The engine: runs iterations on a learner, launch by launch, captured or compiled."""
 
+import contextlib
+import functools
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from l2t_fast.bounds import check_number
@@ -13,21 +15,23 @@ from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine import checks
 from l2t_fast.engine.capture import CaptureError, Graphs
 from l2t_fast.engine.checks import Images
-from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, units_of
+from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, shapes_of, units_of
+from l2t_fast.engine.inner_step import LossFunction, parameters
 from l2t_fast.engine.iteration import Iteration
+from l2t_fast.engine.loss import Loss, settings_of_loss
+from l2t_fast.engine.memory import advice, within_memory
 from l2t_fast.engine.modes import Draws, check_capture, choose_mode
+from l2t_fast.engine.optimizer import EngineOptimizer
 from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible
-from l2t_fast.engine.second_order import SecondOrder, examine
 from l2t_fast.engine.shards import Shards
-from l2t_fast.engine.state import Trained, check_fits
+from l2t_fast.engine.state import Trained
+from l2t_fast.engine.trials import Trials
+from l2t_fast.engine.update import Rule, make_update
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.layers.sync_batch_norm import synchronised
-from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.attributes import settings_of
 from l2t_fast.learner.generators import Generators, device_drew, generators_kept, host_drew, read_generators
-from l2t_fast.learner.hooks import sweeping
 from l2t_fast.learner.learner import L2T
-from l2t_fast.learner.reach import check_reach
 from l2t_fast.ranks import Group, together
 
 
@@ -68,10 +72,16 @@ class Engine:
         group: a torch.distributed process group, on all of whose ranks the same engine is made and called: each `step`
             gets this rank's part of the batch, and all do the iteration of the joined batch. All take rank 0's
             parameters and buffers when the engine is made (docs/many-devices.md).
+        loss: L_org, and of the held-out batch L_meta: any function of the target's outputs and the labels that gives a
+            scalar and has a second derivative. It is tried on the first batch.
+        optimizer: of θ, `SGD(...)` or `AdamW(...)` instead of momentum, weight_decay and nesterov.
+        groups: {"params": parameters, "lr": ..., "weight_decay": ...}, as torch.optim takes them; see `make_update`.
+        max_grad_norm: the gradient of each real and simulated step is clipped to this global norm.
         say: gets what "auto" picks, the progress of compiling and fallbacks, as pieces of text; stderr by default.
 
     Attributes:
-        lr, meta_lr: may be set at any time, also between replays.
+        lr, meta_lr: may be set at any time, also between replays; lr is that of all groups without one of their own.
+        optimizer: a `torch.optim.Optimizer` for schedules and trainers; the engine takes its steps by itself.
         mode: the mode that runs; `why`: why "auto" picked it.
         smallest_batch: 2 with BatchNorm in the target, else 1. needs_val: whether `step` needs `val`.
 
@@ -99,18 +109,18 @@ class Engine:
         memory: Memory = "save",
         accumulate: int = 1,
         group: Group = None,
+        loss: LossFunction = F.cross_entropy,
+        optimizer: Rule | None = None,
+        groups: Sequence[Mapping[str, Any]] = (),
+        max_grad_norm: float | None = None,
         say: Say = say_on_stderr,
     ) -> None:
         words = {"scheme": scheme, "mode": mode, "precision": precision, "memory": memory}
         numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "meta_lr": meta_lr, "beta": beta}
         numbers |= {"meta_weight_decay": meta_weight_decay, "inner_steps": inner_steps, "accumulate": accumulate}
+        numbers |= {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
         checks.check_settings(words, numbers, nesterov)
-        if not any(p.requires_grad for p in learner.target.parameters()):
-            raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
-        parameter = next(p for p in learner.target.parameters() if p.requires_grad)
-        self._device = parameter.device
-        if precision != "fp32" and parameter.dtype != torch.float32:
-            raise L2TError(f"precision='{precision}' needs float32 networks, not {parameter.dtype}: use 'fp32'.")
+        self._device = checks.trained_parameter(learner.target, precision).device
         self.mode, self.why = choose_mode(mode, self._device)
         if mode == "auto":
             say(f"l2t_fast: mode '{self.mode}', {self.why}\n")
@@ -118,18 +128,23 @@ class Engine:
         self.scheme, self.precision, self.memory, self.accumulate = scheme, precision, memory, accumulate
         self._auto, self._say = mode == "auto", say
         lay_out([*learner.sources, learner.target], precision)
+        rule = checks.choose_rule(optimizer, momentum, weight_decay, nesterov)
+        theta = parameters(learner)
+        update = make_update(rule, lr, groups, max_grad_norm, theta)
         self._shards = Shards(accumulate, group)
-        self._shards.join(learner, self.mode, {**numbers, "words": (scheme, precision, nesterov)})
-        self.trained = Trained.of(learner, SGD(momentum, weight_decay, nesterov), lr, meta_lr, meta_weight_decay)
-        self._lr_value, self._meta_lr_value = float(lr), float(meta_lr)
-        self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory, self._shards)
-        self._plain = plain_steps(learner, beta)
+        self._shards.join(learner, self.mode, {**numbers, "words": (scheme, precision), "update": update.described()})
+        self.trained = Trained.of(learner, theta, update, meta_lr, meta_weight_decay)
+        self.optimizer = EngineOptimizer(self, lr)
+        self._meta_lr_value = float(meta_lr)
+        self.loss, self._loss = loss, Loss.of(loss, learner.target_network.output_shape)
+        self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory, self._shards, self._loss)
+        self._plain = plain_steps(learner, beta, loss=loss)
         self._compiled: tuple[tuple[Any, ...], Steps] | None = None  # for inputs of these shapes
         self._draws: Draws | None = None  # not looked at yet
-        self._labels_seen = self._evaluation_said = self._sets_attributes = False
-        self._examined_in = self._modes()
-        self._second_order = self._examined()
-        self._settings = settings_of(learner.target)  # that what is captured or compiled has frozen
+        self._evaluation_said = self._sets_attributes = False
+        self._labels_seen: set[torch.dtype] = set()
+        self._trials = Trials(learner, theta, loss, meta=bool(self.trained.phi))
+        self._settings = self._settings_now()
         self._graphs = self._new_graphs()
         self.needs_val = scheme == "simulation" and bool(self.trained.phi)
 
@@ -141,13 +156,14 @@ class Engine:
     @property
     def lr(self) -> float:
         """α, the learning rate of θ."""
-        return self._lr_value
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @lr.setter
     def lr(self, value: float) -> None:
         check_number("lr", value)
-        self._lr_value = float(value)
-        self.trained.lr.fill_(self._lr_value)
+        for group, options in zip(self.trained.update.groups, self.optimizer.param_groups, strict=True):
+            if group.follows:
+                options["lr"] = float(value)
 
     @property
     def meta_lr(self) -> float:
@@ -164,15 +180,15 @@ class Engine:
         """One iteration: the real step of θ, the simulated steps from there, Adam on φ.
 
         Args:
-            x, y: images [B, C, H, W] and labels [B], int64, on the device of the target or on the CPU: under graphs
-                those are copied while the iteration before still runs (pinned memory must not be overwritten while
-                it is). With scheme "simulation" also a list or tuple of such batches, taken in turn by the T steps;
-                the real step uses the first.
+            x, y: images [B, C, H, W] and labels [B], int64, or what the loss takes, on the device of the target or on
+                the CPU: under graphs those are copied while the iteration before still runs (pinned memory must not
+                be overwritten while it is). With scheme "simulation" also a list or tuple of such batches, taken in
+                turn by the T steps; the real step uses the first.
             val: (images, labels) of L_meta; needed by "simulation". By default "transfer" measures it on (x, y).
 
         Returns:
             Metrics on the device, without waiting for it: "loss" (L_org before the real step), "accuracy" (a fraction
-            of the batch) and, with pairs, "matching_loss" (L_wfm), "pair_losses" [P] (its terms),
+            of the batch; for cross entropies) and, with pairs, "matching_loss" (L_wfm), "pair_losses" [P] (its terms),
             "pair_weights" [P] (λ, batch mean) and, with meta-parameters, "meta_loss" (L_meta); of each term its value,
             "NAME_loss". Where graphs are captured they are views that are written anew `capture.ROWS` iterations later.
 
@@ -185,7 +201,12 @@ class Engine:
         """
         with together(self._shards.group):
             tensors = self._check(x, y, val)
-        with self._running():
+        metrics = self._step(tensors)
+        self.optimizer.stepped()
+        return metrics
+
+    def _step(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        with self._computing(tensors):
             if self.mode != "eager":
                 self._drop_what_is_stale()
             if self.mode == "compile" and self._compiled is None:
@@ -213,7 +234,7 @@ class Engine:
             tensors = self._ready(self._check(x, y, val))
         if self.mode != "eager":
             self._drop_what_is_stale()
-        with generators_kept(self._device), self._running():
+        with generators_kept(self._device), self._computing(tensors):
             _, grads = self._simulate(self._steps(tensors), tensors)
         return dict(zip(self.trained.phi, grads, strict=True))
 
@@ -223,7 +244,8 @@ class Engine:
         The tensors are the engine's own, as in torch: copy them to keep them over the next step.
         """
         adam = self.trained.adam_state(self._meta_lr_value)
-        return {**self.trained.groups(self.learner), "adam": adam, "lr": self.lr}
+        rates = self.optimizer.rates()
+        return {**self.trained.groups(self.learner), "adam": adam, "lr": rates if len(rates) > 1 else self.lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave; the values are copied into the present tensors.
@@ -231,18 +253,12 @@ class Engine:
         Raises:
             L2TError: a state of another learner or of something else; nothing is changed then.
         """
-        groups = self.trained.groups(self.learner)
-        check_fits(state, groups)
-        if self.trained.adam is not None:
-            meta_lr, in_place = self.trained.load_adam(state["adam"])
-            if not in_place:
-                self._graphs = self._new_graphs()
+        meta_lr, in_place = self.trained.load(state, self.learner)
+        if not in_place:
+            self._graphs = self._new_graphs()
+        if meta_lr is not None:
             self.meta_lr = meta_lr
-        with torch.no_grad():
-            for group, tensors in groups.items():
-                for name, tensor in tensors.items():
-                    tensor.copy_(state[group][name])
-        self.lr = state["lr"]
+        self.optimizer.set_rates(state["lr"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -252,28 +268,16 @@ class Engine:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise L2TError("an Engine cannot be copied or pickled: make a new one, and load its state_dict().")
 
-    def _modes(self) -> list[bool]:
-        return [module.training for module in self.learner.target.modules()]
+    def _settings_now(self) -> list[Any]:
+        """What a captured or compiled iteration has frozen."""
+        return [settings_of(self.learner.target), settings_of_loss(self.loss)]
 
-    def _examined(self) -> SecondOrder | None:
-        """How the target's forward pass runs, so that it can be differentiated twice: found by tiny trials."""
-        network = self.learner.target_network
-        dtype = next(iter(self.trained.theta.values())).dtype
-        x = torch.zeros(2, *self.learner.image_shape, dtype=dtype, device=self._device)
-        with generators_kept(self._device):
-            x.normal_()
-        with reproducible(self._device), SecondOrder().context():
-            check_reach(network, x, again=bool(self.trained.phi))
-        if not self.trained.phi:
-            return None
-        stand_ins = {name: p.detach().requires_grad_() for name, p in network.parameters.items() if p.requires_grad}
-        with sweeping():  # hooks may have consequences of their own
-            return examine(self.learner.target, lambda: network.run(x, stand_ins), list(stand_ins.values()))
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        group, second_order = self._shards.group, self._second_order or SecondOrder()
-        with together(group), synchronised(group), arithmetic(self.precision, self._device), second_order.context():
+    @contextlib.contextmanager
+    def _computing(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        group = self._shards.group
+        explained = functools.partial(advice, self._iteration, self._plain, tensors, self._ready, self.precision)
+        switched = arithmetic(self.precision, self._device)
+        with together(group), switched, self._trials.context(), within_memory(explained), synchronised(group):
             yield
 
     def _new_graphs(self) -> Graphs | None:
@@ -288,7 +292,7 @@ class Engine:
 
     def _drop_what_is_stale(self) -> None:
         """What was captured or compiled under other settings of the target's modules is made anew."""
-        settings = settings_of(self.learner.target)
+        settings = self._settings_now()
         if settings != self._settings:
             self._settings, self._compiled, self._draws = settings, None, None
             if self._graphs is not None:
@@ -314,13 +318,13 @@ class Engine:
         ready = self._ready(tensors)
         try:
             with reproducible(self._device):  # the networks are traced, and the graphs proved equal
-                steps = compiled_steps(self.learner, self.beta, units, self._say)
+                steps = compiled_steps(self.learner, self.beta, units, self._say, self.loss)
             with generators_kept(self._device):
                 for part in self._iteration.matching(steps, ready):
                     self._iteration.real_gradient(steps, part.batches[0])
                 if self.trained.phi:
                     self._simulate(steps, ready)
-            self._compiled = _shapes(tensors), steps
+            self._compiled = shapes_of(tensors), steps
         except L2TError as error:
             if not self._auto:
                 raise
@@ -334,14 +338,14 @@ class Engine:
 
     def _steps(self, tensors: Sequence[Tensor]) -> Steps:
         """Compiled ones for the shapes of the first step, plain ones for a smaller last batch."""
-        if self._compiled is not None and self._compiled[0] == _shapes(tensors):
+        if self._compiled is not None and self._compiled[0] == shapes_of(tensors):
             return self._compiled[1]
         return self._plain
 
     def _iterate(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         metrics = self._iteration.run(self._steps(tensors), tensors, self._may_draw)
         if self._graphs is not None:
-            settings = settings_of(self.learner.target)
+            settings = self._settings_now()
             self._sets_attributes = settings != self._settings
             self._settings = settings
         return metrics
@@ -350,7 +354,7 @@ class Engine:
         """(L_meta, dL_meta/dφ) from the present θ and momentum."""
         theta = {name: p.detach() for name, p in self.trained.theta.items()}
         parts = self._iteration.matching(steps, tensors)
-        return self._iteration.meta_gradient(steps, parts, theta, self.trained.momentum, draws=self._may_draw)
+        return self._iteration.meta_gradient(steps, parts, theta, self.trained.row(), draws=self._may_draw)
 
     @property
     def _may_draw(self) -> bool:
@@ -359,29 +363,30 @@ class Engine:
     def _check(self, x: Images, y: Images, val: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """x, y of each batch and then of L_meta's own in a row, those that an iteration reads; or an L2TError."""
         meta = bool(self.trained.phi)
+        self.optimizer.take_over_rates()
         batches = checks.batches_in_a_row(x, y, val, self.scheme, self.inner_steps, meta)
         smallest, like = self.smallest_batch, next(iter(self.trained.theta.values()))
         for images_, labels in batches:
             self._shards.check_batch(images_, smallest)
-            checks.check_batch(images_, labels, like, smallest, self.learner, not self._labels_seen)
-        self._labels_seen = True
+            look = labels.dtype not in self._labels_seen
+            checks.check_batch(images_, labels, like, smallest, self.learner, self._loss, look)
+            self._shards.check_labels(labels, self._loss.ignored)
+        self._labels_seen |= {labels.dtype for _, labels in batches}
         checks.check_target(self.learner, self.trained.theta)
         for source in self.learner.sources:
             if any(module.training for module in source.modules()):
                 source.eval()
-        if (modes := self._modes()) != self._examined_in:  # which another forward pass may come from
-            self._second_order, self._examined_in = self._examined(), modes
         if not self.learner.target.training and not self._evaluation_said:
             self._say(
                 "l2t_fast: the target is in evaluation mode, and trains so: BatchNorm by its running statistics, no "
                 "dropout; target.train() changes that\n"
             )
             self._evaluation_said = True
-        return [tensor for batch in (batches if meta else batches[:1]) for tensor in batch]
+        batches = batches if meta else batches[:1]
+        self._trials.look(batches)
+        return [tensor for batch in batches for tensor in batch]
 
 
-_FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "memory", "accumulate"))
-
-
-def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple(tensor.shape for tensor in tensors)
+_FIXED = frozenset(
+    ("learner", "beta", "inner_steps", "scheme", "precision", "memory", "accumulate", "loss", "optimizer")
+)

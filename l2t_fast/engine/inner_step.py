@@ -15,7 +15,7 @@ from torch import Tensor
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.beside import joined
-from l2t_fast.kernels.layers.autograd import constant_primals
+from l2t_fast.kernels.layers.autograd import constant_primals, differentiated_once
 from l2t_fast.kernels.matching import ops
 from l2t_fast.learner.attributes import apart, read_attributes, set_attributes
 from l2t_fast.learner.learner import L2T, Networks
@@ -24,6 +24,7 @@ from l2t_fast.learner.places import buffers_of
 from l2t_fast.learner.reach import nodes_of
 
 Theta = dict[str, Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # (outputs [B, ...], labels [B, ...]) -> scalar
 
 _TARGET, _TERMS = "target.", "terms."
 
@@ -32,7 +33,7 @@ class StepInput(NamedTuple):
     """Images, labels, and what neither θ nor the step changes: source features and coefficients."""
 
     x: Tensor  # [B, C, H, W]; bfloat16 beside float32 parameters: computed in bfloat16
-    y: Tensor  # [B]
+    y: Tensor  # [B], or what else the loss takes
     S: list[Tensor]  # see `L2T.matching_sources`
     source_of: list[int]  # of each pair
     a: list[Tensor]  # [B, C_s] of each pair
@@ -45,7 +46,7 @@ class Gradient(NamedTuple):
 
     theta: Theta  # without the parameters that the losses do not reach; in the dtype that was computed with
     loss: Tensor  # L_org, scalar
-    logits: Tensor  # [B, classes]
+    logits: Tensor  # [B, classes], or what else the target returns
     distances: list[Tensor]  # E [B, C_s] of each pair, where asked for
     terms: list[Tensor]  # value of each term, scalars, where it entered
     buffers: dict[str, Tensor]  # what the forward pass left in the places of the buffers that were given to it
@@ -74,6 +75,7 @@ def gradient(
     simulated: bool = True,
     buffers: Mapping[str, Tensor] | None = None,
     networks: Networks | None = None,
+    loss_function: LossFunction = F.cross_entropy,
 ) -> Gradient:
     """∇θ of L_org (`task`) and of L_wfm (`matching`), with what the target's modes and hooks make of it.
 
@@ -88,7 +90,7 @@ def gradient(
 
     def forward(target: Theta, heads: Theta) -> _Forward:
         copies = _copies(buffers)
-        outputs, loss, logits = _outputs(networks.target, target, copies, batch.x, batch.y, simulated)
+        outputs, loss, logits = _outputs(networks.target, target, copies, batch.x, batch.y, loss_function, simulated)
         if not networks.traced:
             joined(batch.x)  # what follows reads what the source pass made
         values = _terms(learner, networks.target, target, copies, heads, batch, outputs) if total else []
@@ -102,7 +104,8 @@ def gradient(
     if networks.traced:
         outputs, pull, auxiliary = torch.func.vjp(forward, of_target, heads, has_aux=True)  # type: ignore[misc]
     else:
-        pull = _PullBack(forward, of_target, heads, constant)
+        with nullcontext() if torch.is_grad_enabled() else differentiated_once():
+            pull = _PullBack(forward, of_target, heads, constant)
         outputs, auxiliary = pull.outputs, pull.auxiliary
     loss, logits, values, after = auxiliary
     weight = batch.weight
@@ -146,10 +149,13 @@ def task_loss(
     *,
     buffers: Mapping[str, Tensor] | None = None,
     networks: Networks | None = None,
+    loss_function: LossFunction = F.cross_entropy,
 ) -> Tensor:
-    """L_org of (x, y) at θ, differentiable in θ; `buffers` of the target are copied for it."""
-    network = (networks or learner.networks).target
-    return _outputs(network, _of_target(network, theta, x.dtype), _copies(buffers), x, y, simulated=True)[1]
+    """L_org of (x, y) at θ, differentiable in θ once; `buffers` of the target are copied for it."""
+    networks = networks or learner.networks
+    target = _of_target(networks.target, theta, x.dtype)
+    with nullcontext() if networks.traced else differentiated_once():
+        return _outputs(networks.target, target, _copies(buffers), x, y, loss_function, simulated=True)[1]
 
 
 def _copies(buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -157,13 +163,19 @@ def _copies(buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
 
 
 def _outputs(
-    network: Runs, target: Theta, buffers: dict[str, Tensor], x: Tensor, y: Tensor, simulated: bool
+    network: Runs,
+    target: Theta,
+    buffers: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    loss_function: LossFunction,
+    simulated: bool,
 ) -> tuple[Outputs, Tensor, Tensor]:
     """(the target's outputs, L_org, the logits)."""
     outputs = network.run(x, target, buffers, simulated=simulated)
     assert outputs.logits is not None
     logits = outputs.logits.float() if outputs.logits.dtype == torch.bfloat16 else outputs.logits
-    return outputs, F.cross_entropy(logits, y), logits
+    return outputs, loss_function(logits, y), logits
 
 
 def _terms(

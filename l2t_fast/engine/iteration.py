@@ -1,7 +1,7 @@
 """One iteration: the real step of θ, the simulated steps from there, Adam on φ (paper, algorithm 1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from l2t_fast.engine import bilevel
 from l2t_fast.engine.bilevel import Kind
 from l2t_fast.engine.compile import Steps
 from l2t_fast.engine.inner_step import Gradient, StepInput, Theta
+from l2t_fast.engine.loss import Loss
 from l2t_fast.engine.shards import WHOLE, Part, RealBuffers, Shards
 from l2t_fast.engine.state import Trained
 from l2t_fast.engine.surroundings import RealSurroundings, SimulatedSurroundings
 from l2t_fast.kernels.beside import beside, joined
-from l2t_fast.kernels.sgd.step import sgd_step, sgd_step_
 from l2t_fast.learner.learner import L2T
 
 Metrics = dict[str, Tensor]
@@ -45,6 +45,7 @@ class Iteration:
     inner_steps: int
     memory: Memory
     shards: Shards = WHOLE
+    loss: Loss = field(default_factory=Loss)
 
     def run(self, steps: Steps, tensors: Sequence[Tensor], draws: bool) -> Metrics:
         """One iteration on images and labels in a row (`split`); draws: a forward pass may draw random numbers."""
@@ -52,20 +53,20 @@ class Iteration:
         parts = self.matching(steps, tensors)
         around = RealSurroundings(self.learner.target)
         try:
-            theta, momentum = [p.detach() for p in trained.theta.values()], list(trained.momentum.values())
+            theta, state = [p.detach() for p in trained.theta.values()], trained.row()
             grads, metrics = self._real(steps, parts, theta, around)
             if trained.adam is None:
-                sgd_step_(theta, momentum, grads, trained.lr, trained.rule)
+                trained.update.step_(theta, state, grads)
                 return metrics
-            new_theta, new_momentum = sgd_step(theta, momentum, grads, trained.lr, trained.rule)
-            start = (dict(zip(trained.theta, new, strict=True)) for new in (new_theta, new_momentum))
+            new_theta, new_state, _ = trained.update.step(theta, state, grads)
+            start = dict(zip(trained.theta, new_theta, strict=True))
             del grads  # what is kept for the simulated steps is enough
-            metrics["meta_loss"], of_phi = self.meta_gradient(steps, parts, *start, draws=draws)
+            metrics["meta_loss"], of_phi = self.meta_gradient(steps, parts, start, new_state, draws=draws)
         except BaseException:
             around.put_back()
             raise
         torch._foreach_copy_(theta, new_theta)
-        torch._foreach_copy_(momentum, new_momentum)
+        torch._foreach_copy_(state, new_state)
         for p, g in zip(trained.phi.values(), of_phi, strict=True):
             p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)  # fused Adam wants them alike
         trained.adam.step()
@@ -142,14 +143,14 @@ class Iteration:
         return found
 
     def meta_gradient(
-        self, steps: Steps, parts: Sequence[Matching], theta: Theta, momentum: Theta, *, draws: bool
+        self, steps: Steps, parts: Sequence[Matching], theta: Theta, state: list[Tensor], *, draws: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """(L_meta, dL_meta/dφ) simulated from θ and momentum, which stay as they are, as do buffers and attributes.
+        """(L_meta, dL_meta/dφ) simulated from θ and its optimizer's state; these, buffers and attributes stay.
 
         The derivative to a is summed over the steps, then pulled back through f and g once.
         """
         network = self.learner.target_network
-        arounds = [SimulatedSurroundings(network, self.trained.lr.device, draws) for _ in parts]
+        arounds = [SimulatedSurroundings(network, self.trained.device, draws) for _ in parts]
 
         def gradient(kind: Kind, part: int, theta: Theta, a: list[Tensor]) -> Theta:
             around = arounds[part]
@@ -171,10 +172,9 @@ class Iteration:
                 gradient,
                 outer,
                 theta,
-                momentum,
+                state,
                 [matched.a for matched in parts],
-                self.trained.lr,
-                self.trained.rule,
+                self.trained.update,
                 self.memory,
                 arounds,
                 self.shards,
@@ -191,8 +191,9 @@ class Iteration:
     def _metrics(self, real: Gradient, matched: Matching) -> Metrics:
         """See `Engine.step`; those of a part times its ω, which the pairs' losses have by a."""
         batch = matched.batches[0]
-        accuracy = (real.logits.argmax(1) == batch.y).to(real.loss.dtype).mean()
-        metrics = {"loss": real.loss, "accuracy": accuracy}
+        metrics = {"loss": real.loss}
+        if self.loss.classes:
+            metrics["accuracy"] = self.loss.accuracy(real.logits, batch.y, real.loss.dtype)
         if self.learner.pairs:
             # Sums of terms that are not negative, in few launches.
             metrics["pair_losses"] = torch.stack(torch._foreach_norm(torch._foreach_mul(real.distances, batch.a), 1))

@@ -38,7 +38,7 @@ def choose_mode(mode: Mode, device: torch.device) -> tuple[Mode, str]:
 def check_capture(networks: Sequence[nn.Module], draws: Draws | None, memory: Memory) -> None:
     """Raises L2TError where a replay would not do what the networks' own forward passes do."""
     if draws is not None and draws.host:
-        raise L2TError("the target draws random numbers on the CPU, which a CUDA graph would repeat")
+        raise L2TError("the target or the loss draws random numbers on the CPU, which a CUDA graph would repeat")
     if draws is not None and draws.device and memory == "recompute":
         raise L2TError("memory='recompute' must draw the target's random numbers twice, which a CUDA graph cannot")
     for name, kind, hook in (found for network in networks for found in hooks_of(network)):

@@ -160,11 +160,11 @@ def examine(
         for way in (SecondOrder(), SecondOrder(replace=True)):
             with way.context(), _Watch() as watch:
                 outputs = run()
-            errors[way] = _trial(outputs, parameters)
+            errors[way] = differentiate_twice(outputs, parameters)
             if errors[way] is None and (way.replace or not watch.normalizes):
                 return way
         for way, error in errors.items():
-            if error is None or isinstance(error, _NotFinite):  # with these numbers; nothing here mends it
+            if error is None or isinstance(error, NotFinite):  # with these numbers; nothing here mends it
                 return way
         name, culprit, error = _culprit(module, run) or ("", module, error)
     place = f"'{name}' of the {role}" if name else f"the {role}"
@@ -174,11 +174,11 @@ def examine(
     ) from error
 
 
-class _NotFinite(Exception):
+class NotFinite(Exception):
     """A second derivative is infinite or NaN where the first is not."""
 
 
-def _trial(outputs: Any, inputs: Sequence[Tensor]) -> Exception | None:
+def differentiate_twice(outputs: Any, inputs: Sequence[Tensor]) -> Exception | None:
     """What differentiating Σ mean(outputs²) twice raises: squares, so that every gradient depends on the inputs."""
     inputs = [x for x in inputs if x.requires_grad]
     values = [y.abs().square().mean() for y in _tensors(outputs) if y.requires_grad]
@@ -191,7 +191,7 @@ def _trial(outputs: Any, inputs: Sequence[Tensor]) -> Exception | None:
         if squares:
             second = torch.autograd.grad(squares, inputs, allow_unused=True)
             if _finite(first) and not _finite(second):
-                return _NotFinite()
+                return NotFinite()
     except Exception as error:  # whatever a backward pass may raise
         return error
     return None
@@ -238,8 +238,8 @@ def _culprit(module: nn.Module, run: Callable[[], Any]) -> tuple[str, nn.Module,
                 outputs = called(*args, **kwargs)
         except Exception:  # a module that cannot run alone is not the one to name
             continue
-        error = _trial(outputs, [*called.parameters(), *_tensors(calls[called])])
-        if error is not None and not isinstance(error, _NotFinite):
+        error = differentiate_twice(outputs, [*called.parameters(), *_tensors(calls[called])])
+        if error is not None and not isinstance(error, NotFinite):
             return names[called], called, error
     return None
 

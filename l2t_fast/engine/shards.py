@@ -94,6 +94,17 @@ class Shards:
                 f"a batch of {len(x)} images is too small for accumulate={self.count}: give {smallest} images or more."
             )
 
+    def check_labels(self, labels: Tensor, ignored: int | None) -> None:
+        """Raises L2TError for labels that do not count: parts would count for as much as others that have more.
+
+        On a GPU it waits for them.
+        """
+        if not self.whole and ignored is not None and bool((labels == ignored).any()):
+            raise L2TError(
+                f"labels of {ignored} are ignored by the loss, which makes it no mean over the images, as accumulate= "
+                "and group= need it: leave those images out."
+            )
+
     def join(self, learner: L2T, mode: str, settings: Mapping[str, Any]) -> None:
         """Gives every rank the parameters and buffers of rank 0.
 

@@ -8,28 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2t_fast.engine.inner_step import Theta, parameters
+from l2t_fast.engine.inner_step import Theta
+from l2t_fast.engine.update import Rule, Update
 from l2t_fast.errors import L2TError
-from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.learner import L2T
 
 
 @dataclass
 class Trained:
-    """θ with its momentum and SGD, φ with its Adam."""
+    """θ with its optimizer and the state of that, φ with its Adam."""
 
     theta: Theta
-    momentum: Theta
+    state: dict[str, Theta]  # see `Update.start`
     phi: Theta
-    rule: SGD
-    lr: Tensor  # α, a scalar on the device in double: a schedule changes it under a captured graph
+    update: Update
     adam: torch.optim.Adam | None  # none without φ
     adam_options: dict[str, Any] = field(default_factory=dict)  # those of the device
 
     @classmethod
-    def of(cls, learner: L2T, rule: SGD, lr: float, meta_lr: float, meta_weight_decay: float) -> "Trained":
+    def of(cls, learner: L2T, theta: Theta, update: Update, meta_lr: float, meta_weight_decay: float) -> "Trained":
         """Everything at its start: no momentum, no moments."""
-        theta = parameters(learner)
         device = next(iter(theta.values())).device
         phi: Theta = {
             **{f"what.{name}": p for name, p in learner.what.named_parameters() if p.requires_grad},
@@ -43,9 +41,26 @@ class Trained:
         adam = torch.optim.Adam(phi.values(), weight_decay=meta_weight_decay, **options) if phi else None
         if adam is not None:  # it runs uncaptured first, and says so otherwise
             adam._warned_capturable_if_run_uncaptured = True
-        momentum = {name: torch.zeros_like(p) for name, p in theta.items()}
-        at = torch.full((), lr, dtype=torch.float64, device=device)
-        return cls(theta, momentum, phi, rule, at, adam, options)
+        return cls(theta, update.start(theta), phi, update, adam, options)
+
+    @property
+    def momentum(self) -> Theta:
+        """v of SGD."""
+        return self.state["momentum"]
+
+    @property
+    def rule(self) -> Rule:
+        """Of θ."""
+        return self.update.rule
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return next(iter(self.theta.values())).device
+
+    def row(self) -> list[Tensor]:
+        """The state of θ's optimizer as `Update` takes it."""
+        return [tensor for part in self.state.values() for tensor in part.values()]
 
     def set_meta_lr(self, value: float) -> None:
         """The learning rate of Adam, in place where a captured graph reads it."""
@@ -59,7 +74,7 @@ class Trained:
         """All tensors that an iteration changes but for Adam's, by group and name; the engine's own."""
         return {
             "theta": {name: p.detach() for name, p in self.theta.items()},
-            "momentum": dict(self.momentum),
+            **{part: dict(tensors) for part, tensors in self.state.items()},
             "buffers": dict(learner.target.named_buffers()),
             "phi": {name: p.detach() for name, p in self.phi.items()},
         }
@@ -72,6 +87,21 @@ class Trained:
         for group in state["param_groups"]:
             group["lr"] = meta_lr
         return state
+
+    def load(self, state: Any, learner: L2T) -> tuple[float | None, bool]:
+        """Puts back all but θ's learning rates: (that of φ's Adam, whether its moments are where they were before).
+
+        Raises:
+            L2TError: a state of another learner or of something else; nothing is changed then.
+        """
+        groups = self.groups(learner)
+        check_fits(state, groups, len(self.update.groups))
+        meta_lr, in_place = (None, True) if self.adam is None else self.load_adam(state["adam"])
+        with torch.no_grad():
+            for group, tensors in groups.items():
+                for name, tensor in tensors.items():
+                    tensor.copy_(state[group][name])
+        return meta_lr, in_place
 
     def load_adam(self, state: Any) -> tuple[float, bool]:
         """Puts Adam's state back; (its learning rate, whether all moments are where they were before).
@@ -107,8 +137,10 @@ class Trained:
         return True
 
 
-def check_fits(state: Any, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raises L2TError for a state of another learner, or of something else."""
+def check_fits(state: Any, groups: Mapping[str, Mapping[str, Tensor]], rates: int) -> None:
+    """Raises L2TError for a state of another learner, or of something else; `rates`: its learning rates."""
+    if isinstance(state, dict) and {"theta", "lr"} <= state.keys() and ("momentum" in state) != ("momentum" in groups):
+        raise L2TError("this state does not fit the learner: it is of another optimizer; make the engine with it.")
     if not isinstance(state, dict) or state.keys() != {*groups, "adam", "lr"}:
         raise L2TError("this is not the state of an engine: load what `state_dict` gave.")
     for group, tensors in groups.items():
@@ -124,7 +156,8 @@ def check_fits(state: Any, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
                     f"this state does not fit the learner: '{name}' is {shape}, not {list(tensor.shape)}; load it "
                     "where it was made."
                 )
-    if not isinstance(state["lr"], (int, float)):
+    lrs = state["lr"] if rates > 1 else [state["lr"]]
+    if not isinstance(lrs, list) or len(lrs) != rates or not all(isinstance(lr, (int, float)) for lr in lrs):
         raise L2TError(f"this state is not that of an engine: its learning rate is {state['lr']!r}.")
 
 

@@ -22,7 +22,7 @@ class Buffers:
         self._network = network
         self._tables = _tables(network, left_out)
         self._held = [
-            (table, key, buffer, buffer.clone() if copied else buffer, buffer._version)
+            (table, key, buffer, buffer.clone() if copied else buffer)
             for table, held in self._tables
             for key, buffer in held.items()
             if buffer is not None
@@ -30,16 +30,16 @@ class Buffers:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Where they are no longer what they were."""
+        """As they were."""
         set_attributes(self._tables)
-        for _, _, buffer, value, version in self._held:
-            if buffer._version != version:
+        for _, _, buffer, value in self._held:
+            if value is not buffer:  # its version does not tell: batch_norm writes without a word
                 buffer.copy_(value)
 
     @torch.no_grad()
     def settle(self, given: Mapping[str, Tensor]) -> None:
         """What a forward pass has put in the place of a buffer goes into the buffer itself; so do those `given`."""
-        for buffers, key, buffer, _, _ in self._held:
+        for buffers, key, buffer, _ in self._held:
             now = buffers.get(key)
             if now is not None and now is not buffer and now.shape == buffer.shape:
                 buffer.copy_(now)

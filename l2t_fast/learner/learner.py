@@ -12,6 +12,7 @@ from l2t_fast.choices import What, Where
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.matching import ops
 from l2t_fast.kernels.matching.aten import resize
+from l2t_fast.learner.candidates import layers_of
 from l2t_fast.learner.network import Network, Outputs, Runs
 from l2t_fast.learner.pairs import Pair, PairSpec, resolve_pairs
 from l2t_fast.learner.taps import are_names, unwrapped
@@ -36,9 +37,11 @@ class L2T(nn.Module):
 
     Args:
         sources: a source network or several, any modules; frozen, always in evaluation mode.
-        target: the target network, any module from images [B, C, H, W] to logits [B, classes].
+        target: the target network, any module from images [B, C, H, W] to logits [B, classes], or to what else
+            the loss of the engine takes.
         source_layers: names as in `named_modules()`; for several sources a list for each. `relu_1` is the second call
-            of `relu`, `stage2[1]` the second of several features that a layer returns.
+            of `relu`, `stage2[1]` the second of several features that a layer returns. By default those that
+            `candidates.layers_of` finds.
         target_layers: names likewise.
         pairs: "all-to-all", "one-to-one", "single", a list of (m, n) or of (source, m, n); see `resolve_pairs`.
             An empty list is plain training.
@@ -75,8 +78,8 @@ class L2T(nn.Module):
         sources: nn.Module | Sequence[nn.Module],
         target: nn.Module,
         *,
-        source_layers: Sequence[str] | Sequence[Sequence[str]],
-        target_layers: Sequence[str],
+        source_layers: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        target_layers: Sequence[str] | None = None,
         pairs: PairSpec = "all-to-all",
         what: What = "softmax",
         where: Where = "relu6",
@@ -90,8 +93,16 @@ class L2T(nn.Module):
         modules = [sources] if isinstance(sources, nn.Module) else list(sources)
         modules = [unwrapped(module, f"source {s}") for s, module in enumerate(modules)]
         target = unwrapped(target, "target")
-        layers = _layers_of_each(modules, source_layers)
         _check_placement(modules, target, example)
+        unmatched = pairs in ([], ()) and not terms
+        if source_layers is None:
+            roles = [(m.eval(), f"source {s}") for s, m in enumerate(modules)]
+            source_layers = [
+                [] if unmatched else layers_of(m, example, role=role, output=bool(terms)) for m, role in roles
+            ]
+        layers = _layers_of_each(modules, source_layers)
+        if target_layers is None:
+            target_layers = [] if unmatched else layers_of(target, example, role="target", output=True)
         layouts = _layouts_of_each(layout or {}, layers, target_layers)
         if not target.training:
             target.train()
@@ -135,7 +146,9 @@ class L2T(nn.Module):
         *of_sources, of_target = (Shapes(n.shapes, n.classes, n.hidden) for n in (*source_networks, target_network))
         self.terms = nn.ModuleList(make(TermNetworks(tuple(of_sources), of_target)) for make in terms)
         for heads in (self.projections, self.what, self.where, self.terms):
-            heads.to(example)
+            # Not what is there already: tensors without numbers (`candidates`) cannot be exchanged.
+            if any((p.dtype, p.device) != (example.dtype, example.device) for p in heads.parameters()):
+                heads.to(example)
 
     def train(self, mode: bool = True) -> "L2T":
         """Training mode for the target; the sources stay in evaluation mode."""

@@ -11,21 +11,21 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, ran_out
 from l2t_fast.kernels.layers.autograd import cast
 from l2t_fast.kernels.layers.twins import BatchNorm2d, Twins, half_parameters, twin_of
 from l2t_fast.learner.direct import run_directly
 from l2t_fast.learner.hooks import gated_backward_hooks
 from l2t_fast.learner.pairs import Shape
 from l2t_fast.learner.places import Places
-from l2t_fast.learner.taps import Tap, check_module, find_taps, logits_of
+from l2t_fast.learner.taps import Tap, cannot_run, check_module, find_taps, logits_of
 
 
 class Outputs(NamedTuple):
     """What one forward pass of a tapped network gives."""
 
     features: list[Tensor]  # [B, C, H, W] of each tapped layer
-    logits: Tensor | None  # [B, classes], if the output was asked for
+    logits: Tensor | None  # [B, classes], or what else the target returns, if the output was asked for
     hidden: Tensor | None  # [B, C], what the last Linear reads, if the output comes from one
 
 
@@ -59,7 +59,8 @@ class Network:
 
     Attributes:
         module: the user's own. role: what it is called in errors. output: whether its output is wanted.
-        shapes: (C, H, W) of each tapped feature. classes: logits of the output, 0 without.
+        shapes: (C, H, W) of each tapped feature. output_shape: of the output, without the batch; its
+            first is `classes`, 0 without.
         hidden: channels of what the last Linear reads; 0 without the output, or where it comes from something else.
         half: names of the parameters that are computed with in bfloat16 on bfloat16 images.
         parameters: the module's own, by name, each once.
@@ -88,7 +89,8 @@ class Network:
         self.output, self._logits, self.role = output, logits, role
         self._last_linear = found.last_linear
         self.shapes: tuple[Shape, ...] = found.shapes
-        self.classes, self.hidden = found.classes, found.hidden
+        self.output_shape, self.hidden = found.output_shape, found.hidden
+        self.classes = self.output_shape[0] if self.output_shape else 0
         self.half = half_parameters(module)
         self.places = Places(module)
         self.parameters = self.places.parameters
@@ -127,11 +129,10 @@ class Network:
                 result = self.module(x)
         except _Enough:
             pass
-        except (L2TError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # whatever a network may raise
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise L2TError(f"the {self.role} cannot run on images {list(x.shape)}: {line}") from error
+            if isinstance(error, L2TError) or ran_out(error):
+                raise
+            raise cannot_run(self.role, x, error) from error
         finally:
             for handle in handles:
                 handle.remove()

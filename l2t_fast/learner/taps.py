@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from l2t_fast.bounds import shown
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, ran_out
 from l2t_fast.learner.layout import FeatureMap, find_layout, parse_layer, pick
 from l2t_fast.learner.pairs import Shape
 from l2t_fast.learner.trail import AxisTrail
@@ -51,7 +51,7 @@ class Found(NamedTuple):
 
     taps: list[Tap]
     shapes: tuple[Shape, ...]
-    classes: int
+    output_shape: tuple[int, ...]  # without the batch
     hidden: int
     last_linear: nn.Module | None  # whose output is the network's
 
@@ -87,6 +87,15 @@ def check_module(module: nn.Module, role: str) -> None:
             raise L2TError(
                 f"'{name}' of the {role} was made in inference mode, so it cannot be trained: make it outside."
             )
+
+
+def cannot_run(role: str, x: Tensor, error: Exception) -> L2TError:
+    """What is raised where a network raised `error` on images x."""
+    line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
+    return L2TError(
+        f"the {role} cannot run on images {list(x.shape)}: {line}; give images of the size and depth that it takes, or "
+        "another network."
+    )
 
 
 def are_names(layers: object) -> bool:
@@ -126,7 +135,7 @@ def find_taps(
     with undisturbed(module, example.device), torch.no_grad():
         torch.manual_seed(0)
         x = torch.randn(2, *example.shape[1:]).to(example)  # two, since BatchNorm cannot train on one image
-        trial = _Trial({m for found in watched.values() if found for m in [found[0]]}, AxisTrail(x))
+        trial = Trial({m for found in watched.values() if found for m in [found[0]]}, AxisTrail(x))
         result = trial.run(module, x, role)
     taps: list[Tap] = []
     features: list[Tensor] = []
@@ -143,17 +152,19 @@ def find_taps(
     trial.check_overwritten(taps, role, to_the_end=output)
     shapes = tuple(tap.map.shape for tap in taps)
     if not output:
-        return Found(taps, shapes, 0, 0, None)
-    classes = logits_of(result, logits, role).shape[1]
+        return Found(taps, shapes, (), 0, None)
+    outputs = logits_of(result, logits, role)
+    if outputs.shape[:1] != x.shape[:1]:
+        raise L2TError(f"the {role} returns {list(outputs.shape)} for {len(x)} images: wrap it to return [B, ...].")
     linear, hidden = trial.last_linear(result)
-    return Found(taps, shapes, classes, hidden, linear)
+    return Found(taps, shapes, tuple(outputs.shape[1:]), hidden, linear)
 
 
 def logits_of(result: Any, key: int | str | None, role: str) -> Tensor:
-    """The logits [B, classes] in what a network returned.
+    """The logits [B, classes] in what a network returned; of a target any outputs [B, ...], which its loss is of.
 
     Raises:
-        L2TError: it is not one tensor, and `key` does not say which of them; not [B, classes].
+        L2TError: it is not one tensor, and `key` does not say which of them; of a source, not [B, classes].
     """
     found = result
     if key is not None:
@@ -168,7 +179,7 @@ def logits_of(result: Any, key: int | str | None, role: str) -> Tensor:
             f"the {role} returns {_what(found)}, not one tensor of logits: say which by logits=, or wrap it to do so; "
             "a loss on its other outputs is not taken."
         )
-    if found.dim() != 2:
+    if found.dim() != 2 and (role != "target" or not found.dim()):
         raise L2TError(f"the {role} returns {list(found.shape)}, not logits [B, classes]: wrap it to do so.")
     return found
 
@@ -196,7 +207,7 @@ def _feature(
     layer: str,
     found: tuple[nn.Module, int | None] | None,
     modules: Mapping[str, nn.Module],
-    trial: "_Trial",
+    trial: "Trial",
     role: str,
 ) -> tuple[nn.Module, int, Tensor]:
     """(the module, which call of it, the feature) that a name means."""
@@ -226,7 +237,7 @@ def _listed(lead: str, names: Sequence[str]) -> str:
     return f"{lead} {', '.join(repr(name) for name in names[:6])}" if names else ""
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """One call of a watched module."""
 
     output: Any
@@ -234,13 +245,13 @@ class _Call(NamedTuple):
     number: int  # of calls that had returned before
 
 
-class _Trial(TorchDispatchMode):
+class Trial(TorchDispatchMode):
     """One forward pass, and what the watched modules return in it."""
 
     def __init__(self, watched: set[nn.Module], trail: AxisTrail) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._watched, self.trail = watched, trail
-        self.calls: dict[nn.Module, list[_Call]] = {}
+        self.calls: dict[nn.Module, list[Call]] = {}
         self._linear: list[tuple[nn.Module, Any, Any]] = []
         self._writes: list[tuple[int, int, str]] = []  # (storage, how many calls had returned, operation)
         self._count = 0
@@ -251,18 +262,17 @@ class _Trial(TorchDispatchMode):
         try:
             with self.trail, self:
                 return module(x)
-        except L2TError:
-            raise
         except Exception as error:  # whatever a network may raise
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise L2TError(f"the {role} cannot run on images {list(x.shape)}: {line}") from error
+            if isinstance(error, L2TError) or ran_out(error):
+                raise
+            raise cannot_run(role, x, error) from error
         finally:
             for handle in handles:
                 handle.remove()
 
     def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and not t.is_inference()]
-        call = _Call(output, {id(t): t._version for t in tensors}, self._count)
+        call = Call(output, {id(t): t._version for t in tensors}, self._count)
         self.calls.setdefault(module, []).append(call)
         self._count += 1
 

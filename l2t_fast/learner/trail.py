@@ -277,6 +277,8 @@ class AxisTrail(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func.namespace == "prim":  # tensors without numbers are asked for their device so
+            return func(*args, **(kwargs or {}))
         arguments = func._schema.arguments
         given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
         given |= dict(zip((argument.name for argument in arguments), args, strict=False)) | (kwargs or {})

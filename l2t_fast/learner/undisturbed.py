@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from l2t_fast.kernels.layers.sync_batch_norm import by_itself
 from l2t_fast.learner.attributes import apart, read_attributes, read_hooks, set_attributes
@@ -18,7 +19,8 @@ def undisturbed(network: nn.Module, device: torch.device) -> Iterator[None]:
     kept = [t for m in network.modules() for t in (m._buffers, m._parameters, m._modules)]
     tables = [(t, dict(t)) for t in kept if isinstance(t, dict)]  # not those of scripted modules
     tables += read_hooks(network)
-    held = [(t, t.data, t.detach().clone()) for t in (*network.parameters(), *network.buffers())]
+    tensors = [t for t in (*network.parameters(), *network.buffers()) if not isinstance(t, FakeTensor)]
+    held = [(t, t.data, t.detach().clone()) for t in tensors]
     try:
         set_attributes(apart(attributes))
         with modes_kept(network), generators_kept(device), by_itself(network):

@@ -46,8 +46,8 @@ class Method:
         sources: Sequence[nn.Module],
         target: nn.Module,
         *,
-        source_layers: Sequence[Sequence[str]],
-        target_layers: Sequence[str],
+        source_layers: Sequence[Sequence[str]] | None,
+        target_layers: Sequence[str] | None,
         where: Where = "relu6",
         example: Tensor,
     ) -> L2T:

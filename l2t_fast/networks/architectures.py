@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 import torchvision.models
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from torchvision.models.resnet import BasicBlock
 
 from l2t_fast.bounds import BOUNDS, within
 from l2t_fast.errors import L2TError
+from l2t_fast.networks.libraries import called_model, split_name, timm_model, torchvision_model, unknown
 
 # Depths 6n + 2 of He et al. 2016, section 4.2, without those that name a torchvision network (18, 34, 50, ...).
 CIFAR_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110)}
@@ -80,11 +79,12 @@ def build_model(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
     """A freshly initialised network [B, 3, H, W] -> [B, num_classes].
 
     `name` is a CIFAR ResNet (`resnet8`, `resnet14`, `resnet20`, `resnet26`, `resnet32`, `resnet38`, `resnet44`,
-    `resnet56`, `resnet110`), `vgg9_bn`, or any classification network of torchvision. `width` multiplies the
-    channel counts of the first two kinds; torchvision's networks have width 1.
+    `resnet56`, `resnet110`), `vgg9_bn`, any classification network of torchvision (`torchvision/NAME`, or NAME alone),
+    any network of timm (`timm/NAME`), or MODULE:FUNCTION, which returns one. `width` multiplies the channel counts of
+    the first two kinds; all others have width 1.
 
-    Raises L2TError for an unknown name (the nearest names are listed) and for a number of classes or a width
-    that no network has.
+    Raises L2TError for an unknown name (the nearest names are listed), for a number of classes or a width that no
+    network has, and where timm or the function would not.
     """
     if num_classes < 1:
         raise L2TError(f"a network needs at least one class, not {num_classes}.")
@@ -95,16 +95,29 @@ def build_model(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
     if name == "vgg9_bn":
         return CifarVGG(num_classes, width)
 
-    known = [*CIFAR_RESNETS, "vgg9_bn", *torchvision.models.list_models(module=torchvision.models)]
-    if name not in known:
-        nearest = ", ".join(difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.0))
-        raise L2TError(f"there is no network named {name!r}; the nearest names are {nearest}.")
+    library, rest = split_name(name)
+    theirs = torchvision.models.list_models(module=torchvision.models)
+    if library == "torchvision" and rest not in theirs:
+        raise unknown(name, [f"torchvision/{each}" for each in theirs])
+    if library == "" and name not in theirs:
+        raise unknown(name, [*CIFAR_RESNETS, "vgg9_bn", *theirs])
     if width != 1:
-        raise L2TError(f"{name} comes from torchvision and has width 1 only; leave width at 1.")
-    # With auxiliary classifiers these two return a tuple while they train.
-    auxiliary = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **auxiliary)
-    return model
+        where = {"timm": "timm", "call": "a function of yours"}.get(library, "torchvision")
+        raise L2TError(f"{name} comes from {where} and has width 1 only; leave width at 1.")
+    if library == "timm":
+        return timm_model(rest, num_classes=num_classes)
+    return called_model(rest, num_classes) if library == "call" else torchvision_model(rest, num_classes)
+
+
+def build_shapes(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
+    """As `build_model`, for names and shapes alone: where it can be on "meta", which takes no time and no memory."""
+    if split_name(name)[0] == "call":  # what it does beside making a network is its own affair
+        return build_model(name, num_classes, width)
+    try:
+        with torch.device("meta"):
+            return build_model(name, num_classes, width)
+    except (NotImplementedError, RuntimeError, L2TError):  # one that looks at numbers while it is made
+        return build_model(name, num_classes, width)
 
 
 def _scaled(channels: int, width: float) -> int:

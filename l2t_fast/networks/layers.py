@@ -1,4 +1,4 @@
-"""The layers of a network that are matched unless others are named."""
+"""The layers of ResNets and VGGs that are matched unless others are named."""
 
 import itertools
 
@@ -9,12 +9,10 @@ from l2t_fast.errors import UnfitError
 from l2t_fast.networks.architectures import CifarResNet, CifarVGG
 
 
-def default_layers(name: str, model: nn.Module) -> list[str]:
-    """The layers of `model` that are matched unless others are named, as in `model.named_modules()`.
+def usual_layers(model: nn.Module) -> list[str] | None:
+    """The stages of a ResNet, and of a VGG the layers whose output enters each max-pool (section 4.1 of the paper).
 
-    The stages of a ResNet, and of a VGG the layer whose output enters each max-pool (section 4.1 of the paper).
-
-    Raises L2TError for any other network; `name` is what the message calls it.
+    None for any other network: `l2t_fast.learner.candidates` finds its layers.
     """
     if isinstance(model, CifarResNet):
         return ["layer1", "layer2", "layer3"]
@@ -27,6 +25,16 @@ def default_layers(name: str, model: nn.Module) -> list[str]:
             for (before, _), (_, layer) in itertools.pairwise(features)
             if isinstance(layer, nn.MaxPool2d)
         ]
+    return None
+
+
+def default_layers(name: str, model: nn.Module) -> list[str]:
+    """`usual_layers` of `model`.
+
+    Raises L2TError where there are none; `name` is what the message calls it.
+    """
+    if (usual := usual_layers(model)) is not None:
+        return usual
     modules = [module for module, _ in model.named_modules() if module.count(".") < 2 and module]
     raise UnfitError(
         f"{name} has no default layers; name the layers to match, for example among {', '.join(modules[:12])}."

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from l2t_fast.errors import L2TError
-from l2t_fast.networks.architectures import build_model
+from l2t_fast.networks.architectures import build_shapes
 from l2t_fast.networks.checkpoint import read_checkpoint
 from l2t_fast.networks.correspondence import correspond, find_prefix
 
@@ -42,8 +41,7 @@ def checkpoint_classes(place: str | Path, name: str, width: float = 1.0) -> int:
     Raises L2TError when the file is unreadable, holds several such networks, or has no such weight.
     """
     found = _weights(read_checkpoint(place))
-    with torch.device("meta"):  # names and shapes only
-        wanted = _weights(build_model(name, 1, width).state_dict())
+    wanted = _weights(build_shapes(name, 1, width).state_dict())
     prefix = find_prefix(wanted, found, str(place))
     head = next((prefix + entry for entry in _linear(wanted)[-1:]), None)
     if head not in found:  # it has another name there

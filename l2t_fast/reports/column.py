@@ -1,19 +1,23 @@
 """A column of a table, as its trainings left it: their results and epochs, and what the paper has beside them."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from l2t_fast.choices import METHODS
 from l2t_fast.errors import L2TError
 from l2t_fast.files import load_json
 from l2t_fast.reports.published import Numbers, Published, published
 from l2t_fast.settings.options import TrainConfig
+from l2t_fast.settings.stored import load_config
 from l2t_fast.training.log import read_epochs
 
 Epochs = Sequence[Mapping[str, Any]]  # the epoch lines of one metrics.jsonl
 Problems = dict[str, dict[str, str]]  # method: {seed: why there is no result}
-RESULT = ("test_accuracy_last", "seconds")  # numbers that every result.json has
+NOT_YET = "not trained yet"
+_RESULT = ("test_accuracy_last", "seconds")  # numbers that every result.json has
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Column:
     curves: Mapping[str, Sequence[Epochs]] = field(default_factory=dict)
     per_class: int | None = None
     group: str = ""
+    folder: Path = Path()
 
 
 def read_problems(folder: Path) -> Problems:
@@ -55,6 +60,22 @@ def read_problems(folder: Path) -> Problems:
     return found
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a result.json.
+
+    Raises:
+        L2TError: it is damaged.
+    """
+    result = load_json(path, _RESULT)
+    for key, value in result.items():
+        most = 1.0 if "accuracy" in key else math.inf
+        if (key in _RESULT or "accuracy" in key) and not (isinstance(value, int | float) and 0 <= value <= most):
+            raise L2TError(
+                f"{path} is damaged ('{key}' cannot be {value!r:.40}): remove it, and give the command again."
+            )
+    return result
+
+
 def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column:
     """The column of a table that a run, in `folder`, is."""
     cells: list[Cell] = []
@@ -62,8 +83,8 @@ def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column
     for method in config.method or ():
         for seed in config.seeds or ():
             path = folder / method / f"seed-{seed}" / "result.json"
-            result = load_json(path, RESULT) if path.exists() else None
-            why = "" if result else problems.get(method, {}).get(str(seed), "not trained yet")
+            result = read_result(path) if path.exists() else None
+            why = "" if result else problems.get(method, {}).get(str(seed), NOT_YET)
             cells.append(Cell(method, seed, result, why))
             if result:
                 curves.setdefault(method, []).append(read_epochs(path.with_name("metrics.jsonl")))
@@ -77,4 +98,19 @@ def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column
         curves=curves,
         per_class=limit,
         group=group,
+        folder=folder,
     )
+
+
+def read_table(folder: Path) -> tuple[str, list[Column], tuple[str, ...]]:
+    """(title, columns in the order in which they were begun, methods) of what a table in `folder` has so far."""
+    paths = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_ctime)
+    configs = {path.parent: load_config(path) for path in paths}
+    columns = [read_column(column, config, read_problems(column)) for column, config in configs.items()]
+    title = columns[0].title if len(columns) == 1 else f"{folder.name}: accuracy on the test set (%)"
+    return title, columns, in_order({method for config in configs.values() for method in config.method or ()})
+
+
+def in_order(methods: Collection[str]) -> tuple[str, ...]:
+    """As the rows of a table stand."""
+    return tuple(name for name in METHODS if name in methods)

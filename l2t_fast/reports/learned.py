@@ -20,7 +20,7 @@ TOP = 0.1  # the share of the channels whose weight is told
 class Learned:
     """What one method learned in one column, by seed and pair; nan where a seed has not got so far.
 
-    `layers` holds (source, m, n) of each pair, the source "" if there is one alone; None before a training has ended.
+    `layers` holds (source, m, n) of each pair, the source "" if there is one alone; older runs have it at the end only.
     `final` (λ at the end) and `history` (its mean in each epoch) are None where λ is fixed, `effective` (the share of
     effective channels), `top` (the weight of a tenth of them) and `profiles` where w is uniform or not yet known.
     """
@@ -79,6 +79,7 @@ class _Training:
 
     epochs: list[dict[str, Any]]
     learned: Mapping[str, Any] | None
+    pairs: Mapping[str, Any] | None  # what learned.json has of them, from the start
     ended: bool
 
 
@@ -90,7 +91,9 @@ def _read(column: str, method: str, cells: Sequence[Path]) -> Learned | None:
         return None
     contents = [training.learned for training in trainings.values()]
     told = next((content for content in contents if content is not None), None)
-    if told is not None and any(c is not None and c["pairs"] != told["pairs"] for c in contents):
+    each_named = [training.pairs for training in trainings.values() if training.pairs is not None]
+    named = each_named[0] if each_named else None
+    if any(other["pairs"] != each_named[0]["pairs"] for other in each_named):
         raise L2TError(
             f"the seeds of {cells[0].parent} have other pairs than each other: inspect a run of one setting."
         )
@@ -115,8 +118,8 @@ def _read(column: str, method: str, cells: Sequence[Path]) -> Learned | None:
         column=column,
         method=method,
         seeds=list(trainings),
-        names=told["pairs"] if told is not None else [f"pair {p + 1}" for p in range(pairs)],
-        layers=_layers(told) if told is not None else None,
+        names=named["pairs"] if named is not None else [f"pair {p + 1}" for p in range(pairs)],
+        layers=_layers(named) if named is not None else None,
         final=final,
         history=history,
         effective=effective,
@@ -133,10 +136,11 @@ def _layers(learned: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _read_training(cell: Path) -> _Training:
-    metrics, content = cell / "metrics.jsonl", cell / "learned.json"
+    metrics, content, pairs = (cell / name for name in ("metrics.jsonl", "learned.json", "pairs.json"))
     epochs = read_epochs(metrics) if metrics.exists() else []
     learned = load_json(content) if content.exists() else None
-    if learned is not None and not {"pairs", "source", "target"} <= learned.keys():
-        raise L2TError(f"{content} is not what a training writes: train that part anew.")
+    named = learned if learned is not None or not pairs.exists() else load_json(pairs)
+    if named is not None and not {"pairs", "source", "target"} <= named.keys():
+        raise L2TError(f"{content if learned else pairs} is not what a training writes: train that part anew.")
     epochs = [row for row in epochs if "pair_weights" in row and "meta_loss" in row]
-    return _Training(epochs, learned, (cell / "result.json").exists())
+    return _Training(epochs, learned, named, (cell / "result.json").exists())

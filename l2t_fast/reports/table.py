@@ -54,12 +54,18 @@ def _markdown(title: str, summaries: Sequence[Summary]) -> str:
         what = "Best by validation, %" if any(s.metric == "test_accuracy_best" for s in summaries) else "%"
         parts += [f"{what}:", to_markdown(_matrix(summaries, notes)), *map(plain, notes.lines)]
     for summary in summaries:
-        notes = _Notes()
         if len(summaries) > 1:
             parts.append(f"## {plain(summary.title)}")
-        parts.append(to_markdown(_detail(summary, notes)))
-        parts += [" ".join(_remarks(summary)), *(plain(line) for line in notes.lines)]
+        grid, below = detailed(summary)
+        parts += [to_markdown(grid), below[0], *map(plain, below[1:])]
     return "\n\n".join(parts) + "\n"
+
+
+def detailed(summary: Summary) -> tuple[Grid, list[str]]:
+    """(one column with all that is known of it, what stands below)."""
+    notes = _Notes()
+    grid = _detail(summary, notes)
+    return grid, [" ".join(_remarks(summary)), *notes.lines]
 
 
 class _Notes:

@@ -1,12 +1,11 @@
 """The networks, learners and engines that the settings of a run ask for."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from l2t_fast.data.splits import Data, load_data
@@ -16,9 +15,10 @@ from l2t_fast.errors import L2TError
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import find_method
 from l2t_fast.networks.architectures import VGG9_SIDE, build_model
-from l2t_fast.networks.layers import default_layers
+from l2t_fast.networks.libraries import is_file, ready_made
 from l2t_fast.networks.weights import checkpoint_classes, load_weights
 from l2t_fast.ranks import Group, current
+from l2t_fast.runs.device import why_no_gpu
 from l2t_fast.settings.options import EngineOptions, TrainConfig
 
 
@@ -29,7 +29,7 @@ def find_device(wanted: str) -> torch.device:
         L2TError: there is no GPU.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise L2TError("there is no GPU that PyTorch can use: leave out --device cuda.")
+        raise L2TError(f"there is no GPU that PyTorch can use ({why_no_gpu()}): leave out --device cuda, or mend that.")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
 
 
@@ -66,30 +66,20 @@ def build_sources(config: TrainConfig, folders: Sequence[Path] = ()) -> list[nn.
     weights: Sequence[str | Path] = part.source_weights or [folder / "source.pt" for folder in folders]
     if not weights and not part.source_classes:
         raise L2TError(
-            "the source network has no weights: give --source-weights FILE (or imagenet), or the --source-classes to "
-            "train it on."
+            "the source network has no weights: give --source-weights FILE (or imagenet, or pretrained for timm's), or "
+            "the --source-classes to train it on."
         )
     networks: list[nn.Module] = []
     for s, (name, width) in enumerate(zip(names, widths, strict=True)):
         if not weights:
             torch.manual_seed(s)
             networks.append(build_model(name, len(part.source_classes or ()), width))
-        elif weights[s] == "imagenet":
-            networks.append(_imagenet(name))
+        elif not is_file(str(weights[s])):
+            networks.append(ready_made(name, str(weights[s])))
         else:
             networks.append(build_model(name, checkpoint_classes(weights[s], name, width), width))
             load_weights(networks[-1], weights[s])
     return networks
-
-
-def _imagenet(name: str) -> nn.Module:
-    try:
-        network: nn.Module = torchvision.models.get_model(name, weights="DEFAULT")
-    except (ValueError, OSError) as error:
-        raise L2TError(
-            f"torchvision's ImageNet weights of '{name}' cannot be had ({error}): give a checkpoint file."
-        ) from error
-    return network
 
 
 def source_data(config: TrainConfig) -> Data:
@@ -99,9 +89,18 @@ def source_data(config: TrainConfig) -> Data:
 
 
 def make_learner(
-    config: TrainConfig, name: str, seed: int, sources: Sequence[nn.Module], data: Data, device: torch.device
+    config: TrainConfig,
+    name: str,
+    seed: int,
+    sources: Sequence[nn.Module],
+    data: Data,
+    device: torch.device,
+    preparing: Callable[[str], None] = lambda what: None,
 ) -> tuple[nn.Module, L2T, str]:
     """(the target network, its learner, how it starts) of one cell, as `seed` initialises them.
+
+    Args:
+        preparing: is told what is being done.
 
     Raises:
         L2TError: the method cannot be had with these networks.
@@ -115,28 +114,36 @@ def make_learner(
             f"vgg9_bn needs images of {VGG9_SIDE} x {VGG9_SIDE} or more, not {data.image_shape[1]} x "
             f"{data.image_shape[2]}: give --image-size {VGG9_SIDE}, or another network."
         )
+    preparing("building the networks")
     torch.manual_seed(seed)
     target = build_model(part.target, data.num_classes, part.target_width).to(device)
     for source in sources:
         source.to(device)
     start = method.start(target, sources) if method.start is not None else ""
     if method.pairs is None and not method.terms:
-        return target, plain_learner(target, data, device), start
-    learner = method.learner(
-        sources,
-        target,
-        source_layers=_source_layers(config, sources),
-        target_layers=part.target_layers or default_layers(part.target, target),
-        where=config.optim.where,
-        example=torch.zeros(2, *data.image_shape, device=device),
-    )
+        learner = plain_learner(target, data, device)
+    else:
+        preparing("finding the layers")
+        learner = method.learner(
+            sources,
+            target,
+            source_layers=_source_layers(config, sources),
+            target_layers=part.target_layers or None,
+            where=config.optim.where,
+            example=torch.zeros(2, *data.image_shape, device=device),
+        )
+    if learner.classes != data.num_classes:
+        raise L2TError(
+            f"{part.target} has {learner.classes} outputs for {data.num_classes} classes: let it take num_classes, and "
+            "have so many."
+        )
     return target, learner, start
 
 
-def _source_layers(config: TrainConfig, sources: Sequence[nn.Module]) -> list[list[str]]:
-    names, given = config.source.source or (), config.source.source_layers
+def _source_layers(config: TrainConfig, sources: Sequence[nn.Module]) -> list[list[str]] | None:
+    given = config.source.source_layers
     if given is None:
-        return [default_layers(name, source) for name, source in zip(names, sources, strict=True)]
+        return None
     if len(sources) == 1:
         return [[layer for names in given for layer in names.split(",")]]
     return [layers.split(",") for layers in given]

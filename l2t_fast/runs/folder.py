@@ -4,14 +4,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from l2t_fast.choices import METHODS
 from l2t_fast.errors import L2TError
 from l2t_fast.files import load_json, make_folder, save_text
 from l2t_fast.networks.checkpoint import split_prefix
-from l2t_fast.reports.column import Problems, read_problems
+from l2t_fast.networks.libraries import is_file
+from l2t_fast.reports.column import Problems, in_order, read_problems
 from l2t_fast.runs.build import trains_sources, uses_sources
 from l2t_fast.runs.lock import alone, begun, check_free
 from l2t_fast.runs.made import TARGET_ONLY
@@ -101,14 +101,9 @@ def write_problems(column: Path, config: TrainConfig, found: Problems) -> None:
     save_text(column / "problems.json", json.dumps(others | found, indent=2) + "\n")
 
 
-def in_order(methods: Collection[str]) -> tuple[str, ...]:
-    """As the rows of a table stand."""
-    return tuple(name for name in METHODS if name in methods)
-
-
 def fingerprints(config: TrainConfig) -> dict[str, str]:
     """Of what the settings only point at, the SHA-256: weights of sources, split files, npz; of a folder its place."""
-    weights = [split_prefix(name)[0] for name in config.source.source_weights or () if name != "imagenet"]
+    weights = [split_prefix(name)[0] for name in config.source.source_weights or () if is_file(name)]
     splits = [Path(f"{config.data.split}-{part}") for part in ("train", "val", "test")] if config.data.split else []
     found = {
         f"{kind} {i + 1}": hashlib.sha256(path.expanduser().read_bytes()).hexdigest()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from l2t_fast.data.splits import Data
+from l2t_fast.learner.learner import L2T
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.settings.stored import FREE, shown
 
@@ -47,6 +48,12 @@ def _settings(part: Any, free: Collection[str]) -> dict[str, str]:
         else:
             found[f"--{f.name.replace('_', '-')}"] = shown(value)
     return found
+
+
+def layers(learner: L2T) -> dict[str, str]:
+    """The layers that are matched, which may have been found."""
+    sources = "; ".join(", ".join(names) for names in learner.source_layers)
+    return {"layers": f"{sources} → {', '.join(learner.target_layers)}"} if learner.uses_sources else {}
 
 
 def inputs(sources: Iterable[nn.Module], data: Data) -> dict[str, str]:

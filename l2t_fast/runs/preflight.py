@@ -19,7 +19,11 @@ from l2t_fast.runs.build import (
     source_data,
     trains_sources,
 )
+from l2t_fast.runs.made import layers
+from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
+from l2t_fast.runs.tensorboard import check_tensorboard
 from l2t_fast.settings.options import TrainConfig
+from l2t_fast.training.export import check_export
 
 SKIPPED = "skipped-images.txt"
 
@@ -39,30 +43,49 @@ def preflight(config: TrainConfig, device: torch.device, console: Console) -> di
     Raises:
         L2TError: data, weights, layers or settings that cannot be had.
     """
-    optim, seed = config.optim, (config.seeds or (0,))[0]
+    optim = config.optim
+    if "tensorboard" in config.log:
+        check_tensorboard()
     if optim.mode == "graph" and device.type != "cuda":
         raise L2TError(f"--mode graph needs a CUDA device, not {device}: leave it out.")
-    eager = dataclasses.replace(config, optim=dataclasses.replace(optim, mode="eager"))
+    with Display(console) as display:
+        watch = TrainingWatch(display, StopSignal(), "checking", 1, 0)
+        try:
+            return _look(config, device, console, watch)
+        finally:
+            watch.clear()
+
+
+def _look(config: TrainConfig, device: torch.device, console: Console, watch: TrainingWatch) -> dict[str, UnfitError]:
+    seed = (config.seeds or (0,))[0]
+    eager = dataclasses.replace(config, optim=dataclasses.replace(config.optim, mode="eager"))
+    watch.preparing("reading the images")
     data = load_data(config.data, seed)
     if data.skipped:
-        console.print(
-            f"{config.data.dataset}: {len(data.skipped)} images cannot be read and are left out; {SKIPPED} lists them",
-            highlight=False,
-            soft_wrap=True,
-        )
+        left_out = f"{len(data.skipped)} images cannot be read and are left out; {SKIPPED} lists them"
+        _say(console, f"{config.data.dataset}: {left_out}")
     sources = build_sources(config)
     if trains_sources(config):
         source_data(config)
     unfit: dict[str, UnfitError] = {}
     for method in config.method or ():
         try:
-            _, learner, start = make_learner(config, method, seed, sources, data, torch.device("cpu"))
+            target, learner, start = make_learner(
+                config, method, seed, sources, data, torch.device("cpu"), watch.preparing
+            )
+            watch.preparing("examining the networks")
             engine = make_engine(method_config(eager, method), learner, lambda text: None)
         except UnfitError as error:
             unfit[method] = error
             continue
         check_data(engine, config, data)
-        console.print(
-            f"{describe(config, method, data, learner, start)}; {device}", highlight=False, soft_wrap=True, markup=False
-        )
+        if method == (config.method or ())[0]:
+            check_export(target, config.export, torch.zeros(2, *data.image_shape))
+        _say(console, f"{describe(config, method, data, learner, start)}; {device}")
+        if learner.uses_sources:
+            _say(console, f"  {layers(learner)['layers']}")
     return unfit
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -13,7 +13,7 @@ from l2t_fast.ranks import joined
 from l2t_fast.runs.cell import cell_weights
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.run import opened, train
-from l2t_fast.settings.defaults import check_flag, resolve
+from l2t_fast.settings.defaults import check_flag, file_name, resolve
 from l2t_fast.settings.options import PretrainConfig, SourceConfig, TargetConfig, TrainConfig
 
 # What `train` calls otherwise.
@@ -32,7 +32,7 @@ def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = 
         check_flag("seed", config.seed)
     name = config.name
     if name is None:
-        name = f"pretrain-{config.data.dataset}-{config.network or 'resnet32'}"
+        name = f"pretrain-{config.data.dataset}-{file_name(config.network or 'resnet32')}"
     asked = TrainConfig(
         name=name,
         runs=config.runs,
@@ -40,6 +40,7 @@ def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = 
         method=("scratch",),
         seeds=None if config.seed is None else (config.seed,),
         device=config.device,
+        log=config.log,
         data=config.data,
         target=TargetConfig(config.network, config.width),
         optim=config.optim,

@@ -23,13 +23,19 @@ _LINE_EVERY = 5.0  # seconds between two lines where there is no terminal
 
 
 class RunWatch(Watch, Protocol):
-    """A watch that also shows the end."""
+    """A watch that also shows what comes before the first iteration, and the end."""
+
+    def preparing(self, what: str) -> None:
+        """This is being done ("reading the images")."""
+
+    def begins(self, batches: int) -> None:
+        """There are so many batches in an epoch, which were not known before."""
 
     def done(self, accuracy: float) -> None:
         """The training is over, with this accuracy on the test set."""
 
 
-MakeWatch = Callable[[str, int, int], RunWatch]  # (title, epochs, batches of an epoch)
+MakeWatch = Callable[[str, int, int], RunWatch]  # (title, epochs, batches of an epoch: 0 is not known yet)
 
 
 class _Speed(ProgressColumn):
@@ -58,14 +64,14 @@ class Display:
         )
 
     def __enter__(self) -> "Display":
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             self.bars.start()
         return self
 
-    def say_once(self, line: str) -> None:
-        """Prints a line that every training of the run would print."""
-        if line not in self._said:
-            self._said.add(line)
+    def say_once(self, line: str, what: str | None = None) -> None:
+        """Prints a line that every training of the run would print, or another one that says the same."""
+        if (what or line) not in self._said:
+            self._said.add(what or line)
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def __exit__(
@@ -88,10 +94,21 @@ class TrainingWatch:
     ) -> None:
         self._display, self._title, self._epochs, self._batches, self._stop = display, title, epochs, batches, stop
         self._line_every = line_every
-        self._task = display.bars.add_task(title, total=epochs * batches, state="starting")
+        self._task = display.bars.add_task(title, total=epochs * batches or None, state="starting")
         self._here = 0  # iterations of this process
         self._saying = ""
         self._left = epochs * batches
+        self._state = "starting"
+        self._start = self._last_line = perf_counter()
+
+    def preparing(self, what: str) -> None:
+        self._show(what)
+        if not self._display.console.is_terminal:
+            self._display.say_once(f"{self._title} · {what}", what)
+
+    def begins(self, batches: int) -> None:
+        self._batches, self._left = batches, self._epochs * batches
+        self._display.bars.update(self._task, total=self._left)
         self._start = self._last_line = perf_counter()
 
     def resumed(self, epoch: int, iteration: int) -> None:
@@ -128,7 +145,7 @@ class TrainingWatch:
         *lines, self._saying = (self._saying + text).split("\n")
         for line in lines:
             self._display.say_once(line)
-        self._show(self._saying or "starting")
+        self._display.bars.update(self._task, state=self._saying or self._state)
 
     def done(self, accuracy: float) -> None:
         """The training is over."""
@@ -147,6 +164,7 @@ class TrainingWatch:
         return number > 0
 
     def _show(self, state: str, advance: int = 0) -> None:
+        self._state = state
         self._display.bars.update(self._task, advance=advance, state=state)
 
     def _line(self, text: str) -> None:

@@ -23,20 +23,23 @@ from l2t_fast.ranks import current, joined, started_again
 from l2t_fast.reports.column import Problems, read_column
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs.build import find_device
+from l2t_fast.runs.folder import write_problems
+from l2t_fast.runs.launchers.base import at_work
 from l2t_fast.runs.lock import alone, begun, check_free
+from l2t_fast.runs.machine import note_machine
 from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, MakeWatch, StopSignal, TrainingWatch
 from l2t_fast.runs.tasks import CellTask, column_tasks
-from l2t_fast.runs.workers import at_work
 from l2t_fast.settings.defaults import check_name, resolve
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.settings.stored import check_same, load_config, save_config, updated
 
 
-def run(config: TrainConfig, console: Console, given: Collection[str] = ()) -> Path:
+def run(config: TrainConfig, console: Console, given: Collection[str] = (), callbacks: Sequence[object] = ()) -> Path:
     """Trains what `config` asks for, on all ranks that torchrun has started, and returns the folder of the run.
 
     Args:
+        callbacks: are told of the training of each cell: `training.watch.Callback`s, or loggers as Lightning has them.
         given: names of the settings that are meant even where they are the usual ones; others than the usual always
             are. A run that goes on with other ones than its own is refused.
 
@@ -46,7 +49,7 @@ def run(config: TrainConfig, console: Console, given: Collection[str] = ()) -> P
     """
     with joined(config.device) as ranks:
         folder, made, resume = opened(config, resolve, given=given)
-        train(folder, made, console if ranks.leads else Console(quiet=True), resume)
+        train(folder, made, console if ranks.leads else Console(quiet=True), resume, callbacks)
         return folder
 
 
@@ -115,7 +118,7 @@ def _check_new(folder: Path) -> None:
         raise L2TError(f"the run folder {folder} exists already: give another --name, or go on with it by --resume.")
 
 
-def train(folder: Path, config: TrainConfig, console: Console, resume: bool) -> None:
+def train(folder: Path, config: TrainConfig, console: Console, resume: bool, callbacks: Sequence[object] = ()) -> None:
     """Trains, one after the other, what is not done yet; writes the table and the pictures.
 
     A cell that fails, because its loss became infinite, does not keep the others from being trained.
@@ -134,13 +137,16 @@ def train(folder: Path, config: TrainConfig, console: Console, resume: bool) -> 
             if not resume:
                 _check_new(folder)  # another command may have begun it, and ended, since `open_run` looked
             save_config(config, folder / "config.json")
+            note_machine(folder, device)
             list_skipped(folder, config)
 
         ranks.first(hold)
-        _train(folder, config, device, console)
+        _train(folder, config, device, console, callbacks)
 
 
-def _train(folder: Path, config: TrainConfig, device: torch.device, console: Console) -> None:
+def _train(
+    folder: Path, config: TrainConfig, device: torch.device, console: Console, callbacks: Sequence[object]
+) -> None:
     methods = config.method or ()
     console.print(Text.assemble("folder of the run: ", (str(folder), "bold")), soft_wrap=True)
     sources, cells = column_tasks(folder, folder, config, methods, device)
@@ -149,7 +155,7 @@ def _train(folder: Path, config: TrainConfig, device: torch.device, console: Con
         for source in sources:
             with at_work(source, lambda: stop.asked):
                 source.run(make_watch)
-        found = [(cell, _failure(cell, make_watch, stop)) for cell in cells]
+        found = [(cell, _failure(cell, make_watch, stop, callbacks)) for cell in cells]
     failed = [(cell, why) for cell, why in found if why is not None]
     if current().leads:
         _report(folder, config, console, failed)
@@ -165,17 +171,18 @@ def _report(folder: Path, config: TrainConfig, console: Console, failed: Sequenc
     problems: Problems = {}
     for cell, why in failed:
         problems.setdefault(cell.method, {})[str(cell.seed)] = why
+    write_problems(folder, config, problems)
     column = read_column(folder, config, problems)
     for table in write_tables(folder, column.title, [column], config.method or ()):
         console.print(table)
     console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _failure(cell: CellTask, make_watch: MakeWatch, stop: StopSignal) -> str | None:
+def _failure(cell: CellTask, make_watch: MakeWatch, stop: StopSignal, callbacks: Sequence[object]) -> str | None:
     """Trains a cell, and says why it failed, if it did: it diverged, say. The others are trained all the same."""
     try:
         with at_work(cell, lambda: stop.asked):
-            cell.run(make_watch)
+            cell.run(make_watch, callbacks)
     except MachineError:
         raise
     except L2TError as error:

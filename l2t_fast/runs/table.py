@@ -9,10 +9,10 @@ runs/NAME/table.json                      the settings, all of them
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,26 +22,26 @@ from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import check_there, writing
 from l2t_fast.methods import find_method
 from l2t_fast.ranks import refuse
-from l2t_fast.reports.column import Problems, read_column, read_problems
+from l2t_fast.reports.column import Problems, read_table
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs import workers
-from l2t_fast.runs.build import find_device
 from l2t_fast.runs.folder import (
     check_column,
-    in_order,
     only_command,
     open_table,
     shared_sources,
     write_problems,
     write_settings,
 )
+from l2t_fast.runs.launchers.chosen import cells_device, choose
+from l2t_fast.runs.machine import note_machine
 from l2t_fast.runs.preflight import list_skipped, preflight
 from l2t_fast.runs.progress import Display, StopSignal
-from l2t_fast.runs.tasks import CellTask, SourceTask, column_tasks
+from l2t_fast.runs.tasks import CellTask, SourceTask, cells_of, column_tasks, replicated
 from l2t_fast.settings.columns import column_configs
 from l2t_fast.settings.defaults import check_flag
 from l2t_fast.settings.options import TableConfig, TrainConfig
-from l2t_fast.settings.stored import load_config, save_config
+from l2t_fast.settings.stored import save_config
 
 
 def run(config: TableConfig, console: Console) -> bool:
@@ -53,24 +53,26 @@ def run(config: TableConfig, console: Console) -> bool:
 
     Raises:
         Interrupted: stopped by the user, with everything saved.
-        L2TError: bad settings, missing data, a folder of something else or in use, a source that cannot be trained.
+        L2TError: bad settings, missing data, a folder of something else or in use, a source that cannot be trained; a
+            launcher that cannot be had.
     """
     refuse("table")
-    for flag, value in (("jobs", config.jobs), ("threads", config.threads)):
-        if value is not None:
+    for flag in ("jobs", "threads", "replicas", "gpus-per-cell"):
+        if (value := getattr(config, flag.replace("-", "_"))) is not None:
             check_flag(flag, value)
     folder, config = open_table(config)
     columns = column_configs(config)
-    device = find_device(config.device)
+    device = cells_device(config)
     console.print(f"{len(columns)} x {len(config.method)} x {len(config.seeds)} cells, on {device}", highlight=False)
     for column in columns.values():
         check_column(folder, column)
     problems = {name: _check(column, device, console) for name, column in columns.items()}
     sources, cells = _tasks(folder, columns, problems, device)
-    jobs, threads = _side_by_side(config, len(cells), device)
+    launcher, jobs, threads = choose(config, folder, len(replicated(cells, config.replicas)), device)
     with only_command(folder, columns.values()):
         # The number of threads decides in which order sums are taken: a table keeps it.
         save_config(dataclasses.replace(config, threads=threads), folder / "table.json")
+        note_machine(folder, device, threads=threads, jobs=jobs)
         for name, column in columns.items():
             write_settings(folder, column)
             list_skipped(folder / name, column)
@@ -78,24 +80,27 @@ def run(config: TableConfig, console: Console) -> bool:
         named = Text.assemble("folder of the table: ", (str(folder), "bold"), f"; {jobs} side by side")
         console.print(named, soft_wrap=True)
         with Display(console) as display, StopSignal().listening(console) as stop:
-            for source, why in workers.work_off([t for t in sources if not t.done], jobs, threads, display, stop):
+            missing = [t for t in sources if not t.done]
+            for source, why in workers.work_off(missing, jobs, threads, display, stop, launcher):
                 raise L2TError(f"{source.title}: {why}")
             waiting = [t for t in cells if not t.done]
             start = perf_counter()
             try:
-                failed = workers.work_off(waiting, jobs, threads, display, stop)
+                tasks = replicated(waiting, config.replicas)
+                failed = workers.work_off(tasks, jobs, threads, display, stop, launcher)
             except Interrupted:
                 _report(folder, console)  # of what there is
                 raise
-            session = {"cells": len(waiting), "seconds": round(perf_counter() - start, 1), "jobs": jobs}
-            for cell, why in failed:
+            session: dict[str, Any] = {"cells": len(waiting), "seconds": round(perf_counter() - start, 1), "jobs": jobs}
+            session |= {"threads": threads, "device": device.type, "launcher": config.launcher}
+            for cell, why in ((cell, why) for task, why in failed for cell in cells_of(task) if not cell.done):
                 problems[str(cell.config.name)].setdefault(cell.method, {})[str(cell.seed)] = why
         check_there(folder / "table.json")
         for name, column in columns.items():
             write_problems(folder / name, column, problems[name])
         sessions = folder / "sessions.jsonl"
         with writing(sessions), sessions.open("a") as file:
-            file.write(json.dumps({**session, "threads": threads, "device": device.type}) + "\n")
+            file.write(json.dumps(session) + "\n")
         _report(folder, console)
     return not failed
 
@@ -127,21 +132,9 @@ def _tasks(
     return list(sources.values()), cells
 
 
-def _side_by_side(config: TableConfig, cells: int, device: torch.device) -> tuple[int, int]:
-    """(jobs, threads of each): by default one a core, and one on a GPU; the cores are divided among them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = 1 if device.type == "cuda" else max(1, min(cores // (config.threads or 1), cells))
-    jobs = config.jobs or most
-    return jobs, config.threads or max(1, cores // jobs)
-
-
 def _report(folder: Path, console: Console) -> None:
     """Prints the table of all that the folder has, and writes it."""
-    paths = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_ctime)
-    configs = {path.parent: load_config(path) for path in paths}
-    methods = in_order({method for config in configs.values() for method in config.method or ()})
-    columns = [read_column(column, config, read_problems(column)) for column, config in configs.items()]
-    title = columns[0].title if len(columns) == 1 else f"{folder.name}: accuracy on the test set (%)"
+    title, columns, methods = read_table(folder)
     for table in write_tables(folder, title, columns, methods):
         console.print(table)
     console.print(f"table, numbers and pictures are in {folder}", highlight=False, soft_wrap=True, markup=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from l2t_fast.data.options import DataConfig
 from l2t_fast.errors import L2TError
-from l2t_fast.settings.defaults import check_once, resolve
+from l2t_fast.settings.defaults import check_once, file_name, resolve
 from l2t_fast.settings.options import TableConfig, TargetConfig, TrainConfig
 
 
@@ -35,6 +35,7 @@ def column_configs(table: TableConfig) -> dict[str, TrainConfig]:
                 settings=table.settings,
                 seeds=table.seeds,
                 device=table.device,
+                log=table.log,
                 data=data,
                 source=table.source,
                 target=network,
@@ -43,7 +44,9 @@ def column_configs(table: TableConfig) -> dict[str, TrainConfig]:
         )
         limit = [] if config.data.per_class is None else [str(config.data.per_class)]
         # Always in full: a table that gets more columns keeps the names of those it has.
-        name = "-".join([dataset, str(config.target.target), *limit])
+        name = "-".join([dataset, file_name(str(config.target.target)), *limit])
+        if name in found:
+            raise L2TError(f"two columns would be called {name}: give them to tables of their own.")
         found[name] = dataclasses.replace(config, name=name)
     return found
 

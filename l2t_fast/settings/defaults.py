@@ -1,6 +1,7 @@
 """What the commands do by themselves for each data set, and what excludes each other."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import PureWindowsPath
 from typing import Any
@@ -115,6 +116,11 @@ def check_name(name: str) -> None:
     """Raises L2TError where RUNS/NAME would not be a folder in RUNS, on any system."""
     if name in ("", ".", "..") or not name.isprintable() or PureWindowsPath(name).name != name or len(name) > 200:
         raise L2TError(f"--name {name!r} is not the name of a folder: give letters, digits, dashes and dots.")
+
+
+def file_name(network: str) -> str:
+    """What folders of runs have for the name of a network: timm/resnet10t is timm-resnet10t."""
+    return re.sub(r"[^\w.-]+", "-", network)
 
 
 def _check_methods(names: Sequence[str], settings: Sequence[str]) -> None:

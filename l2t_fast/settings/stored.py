@@ -13,9 +13,9 @@ from l2t_fast.files import save_text
 from l2t_fast.settings.defaults import check, check_flag, check_name
 from l2t_fast.settings.options import TableConfig, TrainConfig
 
-# What may have changed when a run goes on: where the data lie, and what computes; and how it is called.
-ANEW = ("device", "mode", "memory", "accumulate", "data_root", "workers", "download")
-FREE = (*ANEW, "name", "runs", "resume")
+# What may have changed when a run goes on: where the data lie, what computes, who is told; and how it is called.
+ANEW = ("device", "mode", "memory", "accumulate", "data_root", "workers", "download", "export", "log")
+FREE = (*ANEW, "name", "runs", "resume", "quiet")
 
 
 def check_same(

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from l2t_fast.data.images import ImageSet, Part
 from l2t_fast.data.splits import Data
 from l2t_fast.engine.engine import Engine
-from l2t_fast.errors import DamagedFileError, Interrupted, L2TError
+from l2t_fast.errors import DamagedFileError, Interrupted, L2TError, ReadError
 from l2t_fast.files import check_room, keep_as, load_checkpoint, make_folder, save_checkpoint
 from l2t_fast.learner.undisturbed import modes_kept
 from l2t_fast.ranks import ALONE, Ranks, current
+from l2t_fast.training.learned import pair_names
 from l2t_fast.training.log import Log
 from l2t_fast.training.state import State, begin_random, check_finite, checkpoint_content, restore, size_of
-from l2t_fast.training.watch import Watch
+from l2t_fast.training.trackers import Together
+from l2t_fast.training.watch import Training, Watch
 
 _EVAL_BATCH = 250
 _SAVE_EVERY = 10.0  # seconds between two checkpoints: a few hundred images take less time than a large network's file
@@ -48,6 +50,8 @@ def fit(
     schedule: Schedule,
     watch: Watch,
     made: Mapping[str, str] | None = None,
+    callbacks: Sequence[object] = (),
+    title: str = "",
 ) -> dict[str, Any]:
     """Trains `engine`, whose learner's target is `network`, and returns accuracies on the test set.
 
@@ -56,11 +60,13 @@ def fit(
     best.pt, the weights that were best by validation: after the first epoch, after later ones when ten seconds have
     passed since, at the end and when stopped. before.pt is the last.pt before it: from there the training goes on where
     last.pt is damaged, and says so. `made` says what the training is made of: a checkpoint of another one is refused.
+    `callbacks` are told of it under this `title`: each a `training.watch.Callback`, or a logger as Lightning has them.
 
     On several ranks (`ranks.current`) all call it, each takes its part of every batch, and rank 0 alone writes.
 
     Raises:
         Interrupted: `watch.stop_asked()`; all is saved.
+        ReadError: images cannot be read; all is saved, but on several ranks, which go on from the last checkpoint.
         L2TError: a loss, a parameter or a buffer is not finite (says where; the last good checkpoint stays), a
             damaged or foreign checkpoint, too few images for a batch.
         MachineError: there is no room for the checkpoints; or the disk is full later: what was saved before stays, and
@@ -77,10 +83,20 @@ def fit(
     ranks.first(lambda: check_room(folder, 3 * size_of(engine)))  # last.pt and before.pt, and the next one or best.pt
     begin_random(ranks)
     state = _restored(last, before, engine, made, watch, ranks)
+    if state.epoch > schedule.epochs or state.iteration > batches:
+        raise L2TError(f"checkpoint {last} is of a longer training: put back its settings, or give another --name.")
     if state.epoch or state.iteration:
         watch.resumed(state.epoch, state.iteration)
+    told = Together(callbacks if ranks.leads else ())
+
+    def tell(row: dict[str, Any]) -> None:
+        metrics = dict(row)
+        told.on_iteration(engine, metrics.pop("epoch"), metrics.pop("iteration"), metrics)
+
     at = state.epoch, state.iteration
-    logs = [Log(folder / "metrics.jsonl", at, last, engine.learner.pairs)] if ranks.leads else []
+    logs = [Log(folder / "metrics.jsonl", at, last, engine.learner.pairs, tell)] if ranks.leads else []
+    names = pair_names(engine.learner)
+    told.on_start(Training(title, folder, engine, names, data, schedule.epochs, batches, *at, made))
 
     best: dict[str, Tensor] = {}  # weights that are not in best.pt yet
     saved = -math.inf
@@ -124,16 +140,26 @@ def fit(
             state.epoch, state.iteration = state.epoch + 1, 0
             for log in logs:  # first: a line without its checkpoint is dropped on resuming, the reverse would be missed
                 log.write(row)
+            told.on_epoch(row)
             if ranks.first(lambda: perf_counter() - saved) >= _SAVE_EVERY or state.epoch == schedule.epochs:
                 save()
             watch.epoch(row)
         result = _test(folder, network, data, state, watch, ranks)
-    except Interrupted:
+    except (Interrupted, ReadError) as stopped:
         for log in logs:
             log.flush()
+        if isinstance(stopped, ReadError) and ranks.count > 1:  # the others are in the midst of an iteration
+            raise
         save()
+        if isinstance(stopped, ReadError):
+            watch.say(f"{last} holds what was learned until an image could not be read\n")
         raise
-    return {**result, "seconds": round(state.seconds, 3), "iterations": batches * schedule.epochs}
+    finally:
+        told.on_end()
+    full, rest = divmod(len(data.train), schedule.batch_size)
+    images = full * schedule.batch_size + (rest if full < batches else 0)  # of an epoch
+    counts = {"iterations": batches * schedule.epochs, "images": images * schedule.epochs}
+    return {**result, "seconds": round(state.seconds, 3), **counts}
 
 
 def _restored(last: Path, before: Path, engine: Engine, made: Mapping[str, str], watch: Watch, ranks: Ranks) -> State:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +72,22 @@ class _Readback:
 class Log:
     """metrics.jsonl: rows stay on the device until there are some, and are read while the device works on."""
 
-    def __init__(self, path: Path, start: tuple[int, int], checkpoint: Path, pairs: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        start: tuple[int, int],
+        checkpoint: Path,
+        pairs: Sequence[tuple[int, ...]],
+        told: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
         """Drops lines from `start` on: a killed run may have written more than its checkpoint holds.
 
         Args:
             start: (epoch, iteration) where the training goes on.
             checkpoint, pairs: what an error names, the last good state and the (source, m, n) that went wrong.
+            told: gets the row of each iteration, once it is on the host and written.
         """
-        self._path, self._checkpoint, self._pairs = path, checkpoint, pairs
+        self._path, self._checkpoint, self._pairs, self._told = path, checkpoint, pairs, told
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self._reading: _Readback | None = None
         rows = read_metrics(path) if path.exists() else []
@@ -111,6 +119,7 @@ class Log:
         self._epoch_rows += rows
         self._append(rows)
         for row in rows:
+            self._told(row)
             self._check_finite(row)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -135,6 +144,11 @@ class Log:
         return {"epoch": epoch, **means}
 
     def _check_finite(self, row: dict[str, Any]) -> None:
+        if not all(map(math.isfinite, row.get("pair_weights", ()))):
+            raise L2TError(
+                f"λ is not finite at epoch {row['epoch']}, iteration {row['iteration']}: the meta-gradient of the "
+                f"iteration before was not, or a source's features are not; {what_is_kept(self._checkpoint)}; {ADVICE}."
+            )
         for name in row:
             if (name != "loss" and not name.endswith("_loss")) or math.isfinite(row[name]):
                 continue

@@ -1,5 +1,6 @@
 """Where a training stands: what its checkpoint holds, and what may go into one."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def checkpoint_content(engine: Engine, state: State, made: Mapping[str, str], ra
 def size_of(engine: Engine) -> int:
     """Bytes of a checkpoint, about; Adam's moments are those of φ."""
     state = engine.state_dict()
-    tensors = [t for group in ("theta", "momentum", "buffers", "phi", "phi", "phi") for t in state[group].values()]
+    tensors = [t for group in [*_groups(state), "phi", "phi"] for t in state[group].values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -61,15 +62,21 @@ def check_finite(engine: Engine, state: State, last: Path) -> None:
     The losses of an iteration are those before its step: what the last step made, only this sees.
     """
     content = engine.state_dict()
-    tensors = [item for group in ("theta", "momentum", "buffers", "phi") for item in content[group].items()]
+    tensors = [item for group in _groups(content) for item in content[group].items()]
     if bool(torch.stack([tensor.isfinite().all() for _, tensor in tensors]).all()):  # a GPU is waited for once
         return
     for name, tensor in tensors:
         if not bool(tensor.isfinite().all()):
+            why = ", since the meta-gradient was not" if name.startswith(("what.", "where.")) else ""
             raise L2TError(
-                f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}: "
+                f"'{name}' is not finite before epoch {state.epoch}, iteration {state.iteration}{why}: "
                 f"{what_is_kept(last)}; {ADVICE}."
             )
+
+
+def _groups(state: dict[str, Any]) -> list[str]:
+    """Parameters, what their optimizer keeps, and buffers."""
+    return [name for name in state if name not in ("adam", "lr")]
 
 
 def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch, ranks: Ranks = ALONE) -> State:
@@ -84,11 +91,10 @@ def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch, r
         L2TError: it is of another training.
     """
     content = ranks.first(lambda: load_checkpoint(path))
-    for name, theirs in content.get("made", made).items():
-        if (ours := made.get(name, theirs)) != theirs:
-            told = f"other {name}" if name in HASHES else f"{name} {theirs}, not {ours}"
-            raise L2TError(f"checkpoint {path} was made with {told}: put that back, or give another --name.")
-    _check_loaded(path, content)
+    if not _is_whole(content):
+        raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.")
+    check_made(f"checkpoint {path}", content.get("made", {}), made)
+    _check_loaded(path, content["engine"])
     threads = torch.get_num_threads()
     if _device(engine).type == "cpu" and content.get("threads", threads) != threads:
         watch.say(
@@ -108,20 +114,44 @@ def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch, r
         return State(**content["state"])
     except L2TError as error:
         raise L2TError(f"checkpoint {path}: {error}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:  # RuntimeError: no state of a generator
         raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.") from error
 
 
-def _check_loaded(path: Path, content: dict[str, Any]) -> None:
+def check_made(what: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    """Raises L2TError where `what` was made of something else than this training is; as far as both say it."""
+    for name, value in theirs.items():
+        if (own := ours.get(name, value)) != value:
+            told = f"other {name}" if name in HASHES else f"{name} {value}, not {own}"
+            raise L2TError(f"{what} was made with {told}: put that back, or give another --name.")
+
+
+def _is_whole(content: dict[str, Any]) -> bool:
+    """Whether a checkpoint has what `checkpoint_content` puts there; older ones say less."""
+    state, usual = content.get("state"), vars(State())
+    return (
+        isinstance(state, dict)
+        and state.keys() <= usual.keys()
+        and all(isinstance(value, int) or isinstance(usual[name], float) for name, value in state.items())
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in state.values())
+        and min(state.get("epoch", 0), state.get("iteration", 0)) >= 0
+        and isinstance(content.get("random"), dict)
+        and isinstance(content.get("random_of_ranks", []), list)
+        and isinstance(content.get("engine"), dict)
+        and isinstance(content.get("made", {}), dict)
+        and isinstance(content.get("threads", 1), int)
+    )
+
+
+def _check_loaded(path: Path, tensors: Mapping[Any, Any]) -> None:
     """Raises DamagedFileError where a tensor of the engine is not finite: none was, when it was saved."""
-    groups = content.get("engine")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        for name, tensor in group.items() if isinstance(group, dict) else ():
-            if isinstance(tensor, torch.Tensor) and not bool(tensor.isfinite().all()):
-                raise DamagedFileError(
-                    f"checkpoint {path} is damaged ('{name}' is not finite): remove {path.parent}, to train that part "
-                    "anew."
-                )
+    for name, value in tensors.items():
+        if isinstance(value, dict):
+            _check_loaded(path, value)
+        elif isinstance(value, torch.Tensor) and not bool(value.isfinite().all()):
+            raise DamagedFileError(
+                f"checkpoint {path} is damaged ('{name}' is not finite): remove {path.parent}, to train that part anew."
+            )
 
 
 def _device(engine: Engine) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchvision import datasets, transforms
 
 from l2t_fast.choices import DATASETS
 from l2t_fast.data.images import FolderSet, TensorSet
+from l2t_fast.data.loading import load
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.readers.catalogue import READERS
 from l2t_fast.data.splits import Data, load_data
@@ -129,12 +130,11 @@ def test_tinyimagenet_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     config = DataConfig(dataset="tinyimagenet", data_root=tmp_path, val_fraction=0)
     decodings = []
 
-    class Counted(ThreadPoolExecutor):
-        def __init__(self, workers: int) -> None:
-            decodings.append(workers)
-            super().__init__(1)
+    def counted(images: Any, batch_size: int, workers: int) -> Iterator[Tensor]:
+        decodings.append(workers)
+        return load(images, batch_size, 0)
 
-    monkeypatch.setattr("l2t_fast.data.readers.tinyimagenet.ProcessPoolExecutor", Counted)
+    monkeypatch.setattr("l2t_fast.data.readers.tinyimagenet.load", counted)
 
     def decoded_again() -> bool:
         before = len(decodings)

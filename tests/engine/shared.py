@@ -97,7 +97,8 @@ def assert_identical(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-ENGINE = {"lr", "momentum", "weight_decay", "nesterov", "meta_lr", "meta_weight_decay", "beta", "inner_steps", "scheme"}
+RULE = {"lr", "momentum", "weight_decay", "nesterov"}
+ENGINE = RULE | {"meta_lr", "meta_weight_decay", "beta", "inner_steps", "scheme", "loss"}
 
 
 def beside_the_reference(

@@ -266,3 +266,30 @@ def test_images_of_another_size_or_depth_than_the_networks_take() -> None:
                 function(x, Y)
             assert_identical(snapshot(engine), before)
     engine.step(torch.cat([X, X], -1), Y)
+
+
+class _WritesSilently(nn.Module):
+    """PyTorch's batch_norm writes its running statistics without raising their versions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.batch_norm(x, self.mean, self.var, training=True)
+        if x.shape[-1] < 8:
+            raise ValueError("too small")
+        return y
+
+
+def test_buffers_written_silently_are_put_back() -> None:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), _WritesSilently(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    target = nn.Sequential(*layers, nn.Linear(4, CLASSES)).double()
+    engine = Engine(small_learner(target, target_layers=["2"]))
+    engine.step(X, Y)
+    before = snapshot(engine)
+    for function in (engine.step, engine.meta_gradient):
+        with pytest.raises(L2TError, match="too small"):
+            function(X[..., :4, :4], Y)
+        assert_identical(snapshot(engine), before)

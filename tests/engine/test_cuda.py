@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from l2t_fast import Engine
+from l2t_fast import SGD, AdamW, Engine
 from l2t_fast.engine.capture import WARM_UP
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import METHODS
@@ -72,6 +72,26 @@ def test_float64_equals_eager(mode: Any, memory: Any, warm: dict[str, Any]) -> N
         assert error(metrics, expected) < 1e-9
     assert error(everything(other), everything(eager)) < 1e-9
     assert error(other.meta_gradient(x, y), eager.meta_gradient(x, y)) < 1e-9
+
+
+@pytest.mark.parametrize("rule", [SGD(), AdamW()], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_and_optimizers_of_the_user_equal_eager(mode: Any, rule: Any) -> None:
+    """With groups, clipping, a schedule and soft labels."""
+    engines = []
+    for m in ("eager", mode):
+        subject = learner(torch.float64, DEVICE, 0.25)
+        groups = [{"params": subject.projections.parameters(), "lr": 1e-3, "weight_decay": 0.0}]
+        options: dict[str, Any] = {"optimizer": rule, "groups": groups, "max_grad_norm": 1.0, "lr": 2e-3}
+        engines.append(engine(subject, mode=m, loss=nn.CrossEntropyLoss(label_smoothing=0.1), **options))
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(e.optimizer, 0.9) for e in engines]
+    for i in range(WARM_UP + 3):
+        x, y = images(i, dtype=torch.float64)
+        soft = 0.7 * nn.functional.one_hot(y, 3).double() + 0.1
+        expected, metrics = (e.step(x, soft) for e in engines)
+        assert error(metrics, expected) < 1e-6
+        for schedule in schedules:
+            schedule.step()
 
 
 @pytest.mark.parametrize("mode", MODES)

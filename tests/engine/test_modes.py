@@ -122,7 +122,8 @@ def test_engines_share_neither_code_nor_limits(aot_eager: None) -> None:
 
 
 def test_a_state_goes_from_mode_to_mode(aot_eager: None) -> None:
-    compiled, eager = small(mode="compile"), small(mode="eager")
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)  # one of the user's is compiled with the steps
+    compiled, eager = (small(mode=mode, loss=loss) for mode in ("compile", "eager"))
     for i in range(2):
         compiled.step(*small_batch(i, 8))
     eager.load_state_dict(copy.deepcopy(compiled.state_dict()))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.measure.counts import count
 from l2t_fast import Engine, L2TError
+from l2t_fast.engine.counts import count
 from tests.engine.parts import Case, in_processes, run_all
 from tests.engine.shared import Tensors, assert_close, case_id
 

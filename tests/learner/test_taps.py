@@ -254,7 +254,8 @@ class Returns(nn.Module):
          r"layer '3' of the target gives \[2, 4\], which is no map: tap a layer that gives \[B, C, H, W\]"),
         (Returns(returns_tuple), ["body"], r"the target returns tuple, not one tensor of logits"),
         (Returns(lambda h: {"out": h}), ["body"], r"the target returns dict with .out., not one tensor of logits"),
-        (Returns(lambda h: h + 1), ["body"], r"the target returns \[2, 4, 32, 32\], not logits \[B, classes\]"),
+        (Returns(lambda h: h.sum()), ["body"], r"the target returns \[\], not logits \[B, classes\]"),
+        (Returns(lambda h: h.mean((0, 2, 3))), ["body"], r"the target returns \[4\] for 2 images: wrap it to return"),
         (Toy(), "conv", r"the layers of the target must be a list of names, not 'conv'"),
     ],
 )  # fmt: skip
@@ -263,6 +264,13 @@ def test_what_cannot_be_tapped(module: nn.Module, layers: list[str], message: st
     with pytest.raises(L2TError, match=message):
         tap_target(module, layers)
     assert_same_state(module, before)
+
+
+def test_a_target_may_return_maps_and_a_source_that_is_asked_may_not() -> None:
+    maps = Returns(lambda h: h + 1)
+    assert tap_target(maps, ["body"]).output_shape == (4, 32, 32)
+    with pytest.raises(L2TError, match=r"the source 0 returns \[2, 4, 32, 32\], not logits \[B, classes\]"):
+        Network(maps, ["body"], X, role="source 0", output=True)
 
 
 def test_a_layer_that_returns_a_tuple_is_refused() -> None:
@@ -304,6 +312,9 @@ def test_images_that_the_network_cannot_take() -> None:
     for role in ("target", "source 1"):
         with pytest.raises(L2TError, match=rf"the {role} cannot run on images \[2, 2, 32, 32\]: .*channels"):
             tap(Toy(), ["conv"], X[:, :2], role=role, output=role == "target")
+    vit = torchvision.models.VisionTransformer(64, 32, num_layers=1, num_heads=1, hidden_dim=4, mlp_dim=4)
+    with pytest.raises(L2TError, match=r"Expected 64 but got 32; give images of the size and depth that it takes"):
+        tap_target(vit, ["encoder.layers"])
 
 
 @torch.no_grad()

@@ -30,6 +30,13 @@ def test_checkpoints_are_bound_to_their_cell(tmp_path: Path, capsys: pytest.Capt
     run = tmp_path / "run"
     resume = ["--runs", str(tmp_path), "--name", "run", "--resume"]
 
+    # Settings edited by hand, of a cell that is done.
+    whole = (run / "config.json").read_text()
+    (run / "config.json").write_text(whole.replace('"beta": 0.5', '"beta": 0.7'))
+    error = refused(capsys, *resume, command="train")
+    assert error.startswith(f"scratch, seed 0: {run / 'scratch/seed-0/result.json'} was made with --beta 0.5, not 0.7")
+    (run / "config.json").write_text(whole)
+
     def undone(method: str) -> Path:
         (run / method / "seed-0/result.json").unlink(missing_ok=True)
         return run / method / "seed-0/last.pt"

@@ -1,5 +1,6 @@
 """What is found before anything is made, by `train` as by `table`."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,14 +45,19 @@ def test_a_run_on_an_npz_file(tmp_path: Path) -> None:
 
 def test_images_that_are_skipped_are_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(tmp_path / "images", count=4)
-    bad = tmp_path / "images/train/b/2.png"
+    good = tmp_path / "images/train/b/2.png"
+    bad = good.rename(good.with_name(os.fsdecode(b"2\xff \xc3\xa9.png")))  # a name of bytes that are no text
     bad.write_bytes(bad.read_bytes()[:50])
     given = f"--dataset folder --data-root {tmp_path / 'images'} --image-size 32 --target-width 0.0625 --epochs 1"
     given += f" --workers 0 --runs {tmp_path} --name run --method scratch"
-    assert "train/b/2.png is no readable image" in refused(capsys, *given.split(), command="train")
+    assert "is no readable image" in refused(capsys, *given.split(), command="train")
     main(["train", *given.split(), "--on-bad-image", "skip"])
     assert "folder: 1 images cannot be read and are left out; skipped-images.txt lists them" in capsys.readouterr().out
-    assert (tmp_path / "run/skipped-images.txt").read_text() == f"{bad}\n"
+    assert (tmp_path / "run/skipped-images.txt").read_bytes() == os.fsencode(bad) + b"\n"
+    for path in bad.parent.iterdir():
+        path.write_bytes(b"no image")
+    error = refused(capsys, *given.split(), "--on-bad-image", "skip", "--workers", "1", "--name", "b", command="train")
+    assert error == "class 1 of folder has no training images that can be taken; add some."
 
 
 def test_pretrain_says_its_own_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,38 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from l2t_fast.cli import main
-from l2t_fast.errors import L2TError
 from l2t_fast.files import load_checkpoint
-from l2t_fast.runs import workers
-from l2t_fast.runs.progress import Display, StopSignal, TrainingWatch
 from l2t_fast.training.log import read_metrics
 from tests.runs.commands import SMALL, arguments, refused, rows, table
 
 METHODS = ["lwf+at", "l2t-ww"]
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains in this process: what side by side means, other tests show."""
-
-    def work_off(tasks: Any, jobs: int, threads: int, display: Display, stop: StopSignal) -> list[tuple[Any, str]]:
-        failed = []
-        for task in tasks:
-            task.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                task.run(partial(TrainingWatch, display, stop))
-            except L2TError as error:
-                failed.append((task, str(error)))
-        return failed
-
-    monkeypatch.setattr(workers, "work_off", work_off)
 
 
 def test_a_table_killed_at_random_points_is_the_same_table(tmp_path: Path) -> None:

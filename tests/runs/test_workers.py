@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from l2t_fast.errors import Interrupted
+from l2t_fast.errors import Interrupted, MachineError
 from l2t_fast.runs import workers
 from l2t_fast.runs.progress import Display, StopSignal
 
@@ -43,6 +43,39 @@ class Counts(Dies):
             if watch.stop_asked():
                 raise Interrupted
         return "fine"
+
+
+class Large(Dies):
+    """Fits in memory at the second try."""
+
+    title = "large"
+
+    def run(self, make_watch: Any) -> str:
+        if not (self.folder / "tries").exists():
+            (self.folder / "tries").touch()
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return "fine"
+
+
+class Hindered(Dies):
+    title = "hindered"
+
+    def run(self, make_watch: Any) -> str:
+        raise MachineError("the disk is full: make room.")
+
+
+def test_a_machine_in_the_way(tmp_path: Path) -> None:
+    """Too little memory is no error at the second try; a full disk is there for all tasks, and ends them."""
+    console = Console(file=(tmp_path / "out").open("w"))
+    with Display(console) as display:
+        assert workers.work_off([Large(tmp_path / "a")], 2, 1, display, StopSignal()) == []
+        with pytest.raises(MachineError, match=r"^hindered: the disk is full: make room\.$"):
+            workers.work_off([Hindered(tmp_path / "b"), Counts(tmp_path / "c")], 1, 1, display, StopSignal())
+    console.file.flush()
+    said = (tmp_path / "out").read_text()
+    assert "large: memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB): give --memory recompute" in said
+    assert "is tried once more, with 1 side by side" in said
+    assert not (tmp_path / "c/runs").exists()
 
 
 def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:

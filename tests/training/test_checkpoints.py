@@ -107,6 +107,40 @@ def test_a_checkpoint_is_bound_to_what_made_it(stopped: Path, other: dict[str, s
         fit(stopped, engine, target, DATA, SCHEDULE, Told(), {**MADE, **other})
 
 
+@pytest.mark.parametrize(
+    ("group", "changes", "words"),
+    [
+        ("state", {"epoch": "a"}, "last.pt is of something else: give one that `l2t-fast train` wrote"),
+        ("state", {"epoch": 0.5}, "last.pt is of something else"),
+        ("state", {"iteration": -5}, "last.pt is of something else"),
+        ("state", {"seconds": math.inf}, "last.pt is of something else"),
+        ("state", {"epoch": 10**9}, "last.pt is of a longer training"),
+        ("state", {"iteration": 10**9}, "last.pt is of a longer training"),
+        ("random", {"cpu": torch.zeros(3, dtype=torch.uint8)}, "last.pt is of something else"),
+        ("made", [1], "last.pt is of something else"),
+        ("engine", None, "last.pt is of something else"),
+        ("threads", "two", "last.pt is of something else"),
+    ],
+)
+def test_an_edited_checkpoint_is_refused(stopped: Path, group: str, changes: Any, words: str) -> None:
+    content = load_checkpoint(stopped / "last.pt")
+    content[group] = {**content[group], **changes} if isinstance(changes, dict) else changes
+    save_checkpoint(stopped / "last.pt", content)
+    engine, target = training()
+    with pytest.raises(L2TError, match=words):
+        fit(stopped, engine, target, DATA, SCHEDULE, Told(), MADE)
+
+
+def test_moments_that_are_not_finite_are_not_gone_on_from(stopped: Path) -> None:
+    content = load_checkpoint(stopped / "last.pt")
+    content["engine"]["adam"]["state"][0]["exp_avg"].fill_(math.nan)
+    save_checkpoint(stopped / "last.pt", content)
+    (stopped / "before.pt").unlink()
+    engine, target = training()
+    with pytest.raises(DamagedFileError, match=r"last.pt is damaged \('exp_avg' is not finite\)"):
+        fit(stopped, engine, target, DATA, SCHEDULE, Told(), MADE)
+
+
 def test_a_checkpoint_of_an_older_version_goes_on(stopped: Path) -> None:
     content = load_checkpoint(stopped / "last.pt")
     for key in ("made", "threads"):

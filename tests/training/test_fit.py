@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from l2t_fast import L2T, Engine, L2TError
 from l2t_fast.data.images import TensorSet
 from l2t_fast.data.splits import Data
+from l2t_fast.engine.iteration import Iteration
 from l2t_fast.errors import Interrupted
 from l2t_fast.files import load_checkpoint, save_checkpoint
 from l2t_fast.training import fit as fit_module
@@ -182,6 +183,28 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
         fit(tmp_path, engine, target, DATA, SCHEDULE, Spoil())
     theta = load_checkpoint(tmp_path / "last.pt")["engine"]["theta"]
     assert all(p.isfinite().all() for p in theta.values())
+
+
+@pytest.mark.parametrize("iteration", [0, 3])
+def test_a_meta_gradient_that_is_not_finite_is_said(
+    iteration: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam takes it over into φ: λ shows it in the next iteration, or φ itself before the checkpoint."""
+    engine, target = training()
+    seen: list[int] = []
+    simulated = Iteration.meta_gradient
+
+    def spoiled(*arguments: Any, **named: Any) -> Any:
+        loss, gradients = simulated(*arguments, **named)
+        seen.append(len(seen))
+        return loss, [g * math.nan if seen[-1] == iteration else g for g in gradients]
+
+    monkeypatch.setattr(Iteration, "meta_gradient", spoiled)
+    words = (
+        "λ is not finite at epoch 0, iteration 1: the meta-gradient" if iteration == 0 else "since the meta-gradient"
+    )
+    with pytest.raises(L2TError, match=words):
+        fit(tmp_path, engine, target, DATA, SCHEDULE, Stop())
 
 
 @pytest.mark.parametrize("name", ["1.running_var", "0.weight"])

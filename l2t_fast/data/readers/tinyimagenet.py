@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.datasets.utils import download_and_extract_archive
 
 from l2t_fast.choices import SMALL
+from l2t_fast.data.loading import load
 from l2t_fast.data.readers.layout import (
     DamagedError,
     Labelled,
@@ -68,14 +69,21 @@ def _cached(cache: Path, paths: list[str]) -> Tensor:
     except (L2TError, KeyError, AttributeError, TypeError, ValueError):
         pass
     # Processes, as threads would wait for each other: most of a small image's time is Python's.
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        decoded = np.stack(list(pool.map(_shrunk, paths, chunksize=256)))  # [N, 32, 32, 3]
-    images = torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous()
+    decoded = list(load(_Shrunk(paths), 256, min(os.cpu_count() or 1, 16)))  # each [B, 32, 32, 3]
+    images = torch.cat(decoded).permute(0, 3, 1, 2).contiguous()
     with suppress(L2TError, RuntimeError):  # a folder that cannot be written, or a full disk: decoded again next time
         save_checkpoint(cache, {"key": key.hexdigest(), "crc": zlib.crc32(images.numpy().data), "images": images})
     return images
 
 
-def _shrunk(path: str) -> Any:
-    """An image as torchvision's Resize makes it, an array uint8 [32, 32, 3]."""
-    return np.asarray(open_image(path).resize((SMALL, SMALL), Image.Resampling.BILINEAR))
+class _Shrunk(Dataset[Any]):
+    """Images as torchvision's Resize makes them, arrays uint8 [32, 32, 3]."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        return np.array(open_image(self.paths[index]).resize((SMALL, SMALL), Image.Resampling.BILINEAR))

@@ -6,17 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from l2t_fast.files import save_bytes
 from l2t_fast.reports.arrays import Array
 
 Style = Mapping[str, Any]
+# Told apart by the colour-blind too (Okabe & Ito 2008), without the yellow, which white swallows.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+DASHES = ("-", "--", ":", "-.")  # one for each turn of the colours
 
 
 def figure(width: float, height: float) -> Any:
     """An empty picture, in inches; no window is ever opened for it."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def mark_epochs(axes: Any, epochs: int) -> None:
+    """Whole epochs at the bottom; a single one in the middle."""
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if epochs == 1:
+        axes.set_xlim(0.5, 1.5)
 
 
 def plot_band(axes: Any, x: Array, curves: Array, shade: float = 0.15, **line: Any) -> None:
@@ -46,6 +60,13 @@ def name_ends(axes: Any, names: Sequence[str], ends: Sequence[tuple[float, float
             **styles[i],
         )
         height -= 0.05 * (high - low)
+
+
+def pixels(fig: Any) -> NDArray[np.uint8]:
+    """The picture as [height, width, RGB]."""
+    canvas: Any = FigureCanvasAgg(fig)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def save(fig: Any, path: Path) -> None:

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from l2t_fast.reports.learned import Learned
-from l2t_fast.reports.pictures.canvas import figure, name_ends, plot_band, save
+from l2t_fast.reports.pictures.canvas import COLORS, figure, mark_epochs, name_ends, plot_band, save
 
 _LABELLED = 5  # lines with their name beside them
 _WIDEST = 11.0  # points, of the line of the highest λ
@@ -53,8 +52,9 @@ def _colors(learned: Learned) -> list[Any]:
     """A color for each pair: that of its source layer."""
     owners = [layer[:2] for layer in learned.layers] if learned.layers else [("", name) for name in learned.names]
     distinct = list(dict.fromkeys(owners))
-    palette = colormaps["tab10" if len(distinct) <= 10 else "turbo"]
-    shades = [palette(i) if len(distinct) <= 10 else palette(i / (len(distinct) - 1)) for i in range(len(distinct))]
+    shades: list[Any] = list(COLORS)
+    if len(distinct) > len(COLORS):
+        shades = [colormaps["viridis"](i / (len(distinct) - 1)) for i in range(len(distinct))]
     return [shades[distinct.index(owner)] for owner in owners]
 
 
@@ -102,16 +102,14 @@ def _history(axes: Any, learned: Learned, colors: list[Any]) -> None:
         faint = p not in labelled
         style = {"color": color, "linewidth": 0.9 if faint else 1.8, "alpha": 0.6 if faint else 1.0, "markersize": 4}
         plot_band(axes, epochs, learned.history[:, :, p], shade=0.0 if faint else 0.12, **style)
-    if len(epochs) == 1:
-        axes.set_xlim(0.5, 1.5)
     low, high = float(np.nanmin(learned.history)), float(np.nanmax(learned.history))  # λ is never below, a band may be
     low = 0.0 if low < 0.3 * high else low
     margin = 0.04 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
     styles = [{"color": colors[p], "fontsize": 8} for p in labelled]
     name_ends(axes, [learned.names[p] for p in labelled], [(epochs[-1], ends[p]) for p in labelled], styles)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("epoch", fontsize=9)
+    mark_epochs(axes, len(epochs))
+    axes.xaxis.label.set_size(9)
     axes.set_ylabel("mean λ in the epoch", fontsize=9)
     axes.set_title("pair weight λ over training", fontsize=10)
     _trim(axes)

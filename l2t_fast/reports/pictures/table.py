@@ -75,7 +75,9 @@ def _panel(axes: Any, summary: Summary) -> None:
 
 def _legend(summaries: Sequence[Summary]) -> list[Line2D]:
     standings = [standing for summary in summaries for standing in summary.standings]
-    handles = [Line2D([], [], color=_BLUE, marker="o", ms=5.5, lw=1.6, label="baseline, mean ± std")]
+    handles = []
+    if any(not standing.is_meta for standing in standings):
+        handles.append(Line2D([], [], color=_BLUE, marker="o", ms=5.5, lw=1.6, label="baseline, mean ± std"))
     if any(standing.is_meta for standing in standings):
         handles.append(Line2D([], [], color=_RED, marker="D", ms=5.5, lw=1.6, label="learned transfer, mean ± std"))
     handles.append(Line2D([], [], color="0.4", marker=".", ms=6, lw=0, label="one seed"))

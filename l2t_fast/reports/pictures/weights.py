@@ -2,15 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from l2t_fast.reports.arrays import Array
-from l2t_fast.reports.pictures.canvas import figure, save
+from l2t_fast.reports.pictures.canvas import figure, mark_epochs, save
 
 
 def plot_pair_weights(path: Path, weights: Sequence[Sequence[float]], names: Sequence[str], title: str) -> None:
+    """pair_weights.png, as `draw_pair_weights` has it."""
+    save(draw_pair_weights(weights, names, title), path)
+
+
+def draw_pair_weights(weights: Sequence[Sequence[float]], names: Sequence[str], title: str) -> Any:
     """Heat map of the mean pair weights λ: pairs down, epochs across. weights: [epochs, P]."""
     values = np.array(weights).T  # [P, epochs]
     fig = figure(8, 1.5 + 0.28 * len(names))
@@ -19,10 +24,10 @@ def plot_pair_weights(path: Path, weights: Sequence[Sequence[float]], names: Seq
     extent = (0.5, epochs + 0.5, len(names) - 0.5, -0.5)
     image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="epoch", title=title)
+    mark_epochs(axes, epochs)
+    axes.set_title(title)
     fig.colorbar(image, label="mean pair weight λ")
-    save(fig, path)
+    return fig
 
 
 def plot_channel_weights(path: Path, weights: Sequence[Array], names: Sequence[str], title: str) -> None:
@@ -39,7 +44,7 @@ def plot_channel_weights(path: Path, weights: Sequence[Array], names: Sequence[s
         axes.hist(w.ravel(), bins=bins, weights=np.full(w.size, 100 / w.size))
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(name, fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, labelbottom=True)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
     fig.supxlabel("channel weight relative to uniform, C_s · w", fontsize=9)

@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.measure import counts
+from l2t_fast.engine import counts
 
 
 def test_counts() -> None:

@@ -1,15 +1,12 @@
 """Counts that do not depend on noise: FLOPs, aten calls, launches, bytes kept for backward."""
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
+
+from l2t_fast.engine.memory import Alive
 
 
 @dataclass(frozen=True)
@@ -24,45 +21,29 @@ class Counts:
 
 
 def count(call: Callable[[], Any]) -> Counts:
-    """Runs `call` twice (the counter of FLOPs keeps tensors alive) and counts; what was alive before is left out."""
-    with FlopCounterMode(display=False) as flops:
-        call()
+    """Runs `call` and counts; what was alive before is left out. Tensors may be fake: shapes are enough."""
     with _Calls() as calls:
         call()
-    return Counts(flops.get_total_flops(), calls.calls, calls.launches, calls.saved, calls.peak)
+    return Counts(calls.flops, calls.calls, calls.launches, calls.saved, calls.peak)
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(Alive):
     """Sees every call below autograd, and every tensor that one makes until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = self.launches = self.alive = self.saved = self.peak = 0
-        self._storages: set[int] = set()
+        self.flops = self.calls = self.launches = self.saved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         name = func._schema.name
         self.calls += 1
+        if (flops := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += flops(*args, **(kwargs or {}), out_val=result)
         self.launches += not (func.is_view or name in _FREE)
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._watch(value.untyped_storage())
-        self.peak = max(self.peak, self.alive)
         if name == "aten::nll_loss_forward":
             self.saved = max(self.saved, self.alive)
         return result
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._storages:
-            self._storages.add(key)
-            self.alive += size
-            weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._storages.discard(key)
-        self.alive -= size
 
 
 _FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}

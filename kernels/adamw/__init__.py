@@ -1,0 +1,1 @@
+"""The AdamW step of all parameters, and its adjoint."""

@@ -1,0 +1,104 @@
+"""Settings that a file gives, and single ones by the names that they have there."""
+
+import dataclasses
+import typing
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from l2t_fast.errors import L2TError
+from l2t_fast.settings.options import TableConfig, TrainConfig
+from l2t_fast.settings.stored import load_config, load_table
+
+_OWN = ("name", "runs", "resume")  # of the command alone: a repeated run has a folder of its own
+_COMMANDS = {"train": TrainConfig(), "table": TableConfig()}
+
+
+def without_set(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command with the flags that `--set KEY=VALUE ...` stands for, so that one parser reads all.
+
+    Raises:
+        L2TError: no KEY=VALUE, or a KEY that config.json does not have.
+    """
+    config = _COMMANDS.get(arguments[0] if arguments else "")
+    if config is None or "--set" not in arguments:
+        return list(arguments)
+    kept: list[str] = []
+    flags: list[str] = []
+    inside = False
+    for word in arguments:
+        if word.startswith("--"):
+            inside = word == "--set"
+            kept += [] if inside else [word]
+        elif inside:
+            flags += _flag(word, config)
+        else:
+            kept.append(word)
+    return kept + flags
+
+
+def _flag(setting: str, config: Any) -> list[str]:
+    key, equals, value = setting.partition("=")
+    keys = _keys(config)
+    if not equals or key not in keys:
+        like = next((name for name in keys if name.rpartition(".")[2] == key), "optim.lr")
+        raise L2TError(f"--set {setting:.80}: give KEY=VALUE with a KEY as the saved settings have it, such as {like}.")
+    flag = key.rpartition(".")[2].replace("_", "-")
+    if keys[key] is not bool:
+        return [f"--{flag}", *(value.split(",") if "tuple" in str(keys[key]) else [value])]
+    if value not in ("true", "false"):
+        raise L2TError(f"--set {setting:.80}: give true or false.")
+    return [f"--{flag}" if value == "true" else f"--no-{flag}"]
+
+
+def _keys(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The types of all settings, by their names in config.json: optim.lr, ..."""
+    hints = typing.get_type_hints(type(config))
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= _keys(value, f"{prefix}{f.name}.")
+        elif f.name not in _OWN:
+            found[prefix + f.name] = hints[f.name]
+    return found
+
+
+def with_file(config: Any, path: Path | None, given: Collection[str]) -> Any:
+    """The settings of a config.json (of a table.json, for a table), with those on top that are given beside it.
+
+    Where the run is and what it is called the command says, not the file.
+
+    Args:
+        given: as for `l2t_fast.runs.run.run`.
+
+    Raises:
+        L2TError: the file cannot be had; the run is to be resumed.
+    """
+    if path is None:
+        return config
+    if getattr(config, "resume", False):
+        raise L2TError("--resume goes on with a run, and --config repeats one: leave out one of them.")
+    is_run = isinstance(config, TrainConfig)
+    if path.is_dir():
+        path = path / ("config.json" if is_run else "table.json")
+    saved: Any = load_config(path) if is_run else load_table(path)
+    own = {name: getattr(config, name) for name in _OWN if hasattr(config, name)}
+    merged = dataclasses.replace(_on_top(saved, config, type(config)(), given), **own)
+    source = merged.source
+    if source.source_weights is not None:  # what had been filled in for a source without
+        free = {name: None for name in ("source_classes", "source_epochs") if name not in given}
+        merged = dataclasses.replace(merged, source=dataclasses.replace(source, **free))
+    return merged
+
+
+def _on_top(saved: Any, now: Any, usual: Any, given: Collection[str]) -> Any:
+    """`saved`, with what of `now` is given, or is not as usual."""
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(saved):
+        ours, theirs, default = getattr(now, f.name), getattr(saved, f.name), getattr(usual, f.name)
+        if dataclasses.is_dataclass(theirs):
+            changes[f.name] = _on_top(theirs, ours, default, given)
+        elif ours != default or f.name in given:
+            changes[f.name] = ours
+    return dataclasses.replace(saved, **changes)

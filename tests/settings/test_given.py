@@ -1,0 +1,137 @@
+"""Settings from a file, single ones by their names there, and what all options say of themselves."""
+
+import ast
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import l2t_fast.data.options
+import l2t_fast.settings.options
+from l2t_fast.errors import L2TError
+from l2t_fast.settings.columns import column_configs
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.given import with_file, without_set
+from l2t_fast.settings.options import OptimConfig, PretrainConfig, SourceConfig, TableConfig, TrainConfig
+from l2t_fast.settings.stored import load_config, save_config
+
+NO_SETTINGS = ("name", "runs", "resume")  # of a run
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        (["optim.lr=0.05"], ["--lr", "0.05"]),
+        (["seeds=0,1", "data.per_class=20"], ["--seeds", "0", "1", "--per-class", "20"]),
+        (["optim.nesterov=true"], ["--nesterov"]),
+        (["optim.nesterov=false", "data.split=a=b"], ["--no-nesterov", "--split", "a=b"]),
+    ],
+)
+def test_what_is_set_is_a_flag(settings: list[str], flags: list[str]) -> None:
+    assert without_set(["train", "--set", *settings, "--name", "a"]) == ["train", "--name", "a", *flags]
+
+
+def test_several_are_set_one_by_one() -> None:
+    given = ["table", "--set", "optim.lr=0.05", "--lr", "1", "--set", "seeds=3"]
+    assert without_set(given) == ["table", "--lr", "1", "--lr", "0.05", "--seeds", "3"]
+    assert without_set(["pretrain", "--set", "optim.lr=1"]) == ["pretrain", "--set", "optim.lr=1"]  # has no --set
+    assert without_set([]) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("lr=0.05", "such as optim.lr"),
+        ("optim.rate=1", "give KEY=VALUE with a KEY as the saved settings have it"),
+        ("optim.lr", "give KEY=VALUE"),
+        ("name=a", "give KEY=VALUE"),
+        ("optim.nesterov=yes", "give true or false"),
+    ],
+)
+def test_what_cannot_be_set(setting: str, words: str) -> None:
+    with pytest.raises(L2TError, match=words):
+        without_set(["train", "--set", setting])
+
+
+def test_a_file_gives_what_the_command_does_not(tmp_path: Path) -> None:
+    saved = resolve(TrainConfig(name="old", runs=tmp_path, seeds=(3,), optim=OptimConfig(lr=0.2, momentum=0.5)))
+    save_config(saved, tmp_path / "config.json")
+    again = resolve(with_file(TrainConfig(), tmp_path / "config.json", ()))
+    assert again == dataclasses.replace(saved, name=None, runs=Path("runs"))
+    # What is given counts, also where it is what would be so by itself; a folder is that of its settings.
+    now = TrainConfig(name="new", optim=OptimConfig(lr=0.3))
+    mixed = with_file(now, tmp_path, {"lr", "momentum", "name"})
+    assert mixed.name == "new"
+    assert mixed.seeds == (3,)
+    assert (mixed.optim.lr, mixed.optim.momentum) == (0.3, 0.9)
+    with pytest.raises(L2TError, match="leave out one of them"):
+        with_file(TrainConfig(resume=True), tmp_path, ())
+    with pytest.raises(L2TError, match="is not the configuration of a run"):
+        with_file(TrainConfig(), tmp_path / "none.json", ())
+
+
+def test_weights_take_the_place_of_a_training_of_the_source(tmp_path: Path) -> None:
+    save_config(resolve(TrainConfig()), tmp_path / "config.json")
+    given = TrainConfig(source=SourceConfig(source_weights=("x.pt",)))
+    assert resolve(with_file(given, tmp_path, {"source_weights"})).source.source_weights == ("x.pt",)
+    given = TrainConfig(source=SourceConfig(source_weights=("x.pt",), source_epochs=3))
+    with pytest.raises(L2TError, match="leave out --source-classes"):
+        resolve(with_file(given, tmp_path, {"source_weights", "source_epochs"}))
+
+
+def test_a_table_is_repeated_from_its_file(tmp_path: Path) -> None:
+    table = TableConfig(name="a", seeds=(1,), method=("at",), per_class=("5",))
+    save_config(table, tmp_path / "table.json")
+    again = with_file(TableConfig(), tmp_path, ())
+    assert again == dataclasses.replace(table, name=None)
+    assert column_configs(again) == column_configs(table)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), TableConfig(), PretrainConfig()])
+def test_every_option_has_a_default_and_a_help_that_says_it(config: Any) -> None:
+    helps = _helps()
+
+    def check(part: Any) -> None:
+        for f in dataclasses.fields(part):
+            value = getattr(part, f.name)
+            if dataclasses.is_dataclass(value):
+                check(value)
+                continue
+            classes = [cls.__name__ for cls in type(part).__mro__[:-1]]
+            texts = [helps[cls, f.name] for cls in classes if (cls, f.name) in helps]
+            assert texts, f.name
+            if value is None:
+                assert "default" in texts[0] + (type(part).__doc__ or ""), f.name
+
+    check(config)
+
+
+def test_every_option_stands_in_the_saved_settings(tmp_path: Path) -> None:
+    for config in (resolve(TrainConfig(name="a")), TableConfig(name="a")):
+        save_config(config, tmp_path / "saved.json")
+        saved = json.loads((tmp_path / "saved.json").read_text())
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            names = {inner.name for inner in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else None
+            assert f.name in saved
+            assert names is None or saved[f.name].keys() == names
+    save_config(resolve(TrainConfig(name="a")), tmp_path / "config.json")
+    filled = json.loads((tmp_path / "config.json").read_text())
+    assert filled["optim"]["lr"] == 0.03  # what is so by itself, too
+    assert load_config(tmp_path / "config.json").optim.lr == 0.03
+
+
+def _helps() -> dict[tuple[str, str], str]:
+    """(class, option) -> its help, a string below it."""
+    found: dict[tuple[str, str], str] = {}
+    for module in (l2t_fast.settings.options, l2t_fast.data.options):
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            body = node.body if isinstance(node, ast.ClassDef) else []
+            for option, below in itertools.pairwise(body):
+                text = below.value if isinstance(below, ast.Expr) else None
+                if isinstance(option, ast.AnnAssign) and isinstance(text, ast.Constant):
+                    found[node.name, option.target.id] = text.value  # type: ignore[attr-defined]
+    return found
