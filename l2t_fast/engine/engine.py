@@ -143,7 +143,7 @@ class Engine:
         self._draws: Draws | None = None  # not looked at yet
         self._evaluation_said = self._sets_attributes = False
         self._labels_seen: set[torch.dtype] = set()
-        self._trials = Trials(learner, theta, loss, meta=bool(self.trained.phi))
+        self._trials = Trials(learner, theta, self._loss, meta=bool(self.trained.phi), whole=self._shards.whole)
         self._settings = self._settings_now()
         self._graphs = self._new_graphs()
         self.needs_val = scheme == "simulation" and bool(self.trained.phi)

@@ -21,6 +21,11 @@ STEPS = 3
 Sizes = list[list[int]]  # of each rank, its micro-batches
 
 
+def squares(outputs: Tensor, y: Tensor) -> Tensor:
+    """A loss of which there is no accuracy."""
+    return F.mse_loss(outputs, F.one_hot(y, CLASSES).to(outputs.dtype))
+
+
 class Grouped(nn.BatchNorm2d):
     """BatchNorm of each part of the batch by itself, in plain PyTorch; running statistics are the parts' mean."""
 
@@ -54,6 +59,7 @@ class Case:
     sizes: Sizes
     options: dict[str, Any] = field(default_factory=dict)
     side: int = 8
+    grouped: bool = False  # a group of the vectors
 
     @property
     def parts(self) -> list[int]:
@@ -105,6 +111,11 @@ class Case:
         joined = rank is None and not more
         learner = self.learner(joined=joined, seed=rank or 0)
         options = {"lr": 0.05, "weight_decay": 1e-2, "meta_lr": 1e-2, "say": lambda text: None, **self.options, **more}
+        if "optimizer" in options:
+            del options["weight_decay"]
+        if self.grouped:
+            vectors = [p for p in learner.target.parameters() if p.dim() < 2]
+            options["groups"] = [{"params": vectors, "lr": 0.02, "weight_decay": 0.0}]
         if rank is not None:
             options |= {"accumulate": len(self.sizes[rank]), "group": group}
         engine = Engine(learner, **options)

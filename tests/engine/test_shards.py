@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from l2t_fast import Engine, L2TError
+from l2t_fast import AdamW, Engine, L2TError
 from l2t_fast.engine.counts import count
-from tests.engine.parts import Case, in_processes, run_all
-from tests.engine.shared import Tensors, assert_close, case_id
+from tests.engine.parts import Case, in_processes, run_all, squares
+from tests.engine.shared import CLASSES, Tensors, assert_close, case_id
 
 pytestmark = pytest.mark.core
 
 UNEVEN = [[4], [3]]
 SIMULATION = {"scheme": "simulation", "memory": "recompute", "nesterov": True}
+ADAMW = {"optimizer": AdamW(eps=1e-3, weight_decay=0.1), "max_grad_norm": 0.1, "lr": 1e-2}
 CASES = [
     Case("none", UNEVEN),
     Case("batch", UNEVEN),
@@ -24,6 +26,9 @@ CASES = [
     Case("sync", UNEVEN, {"memory": "recompute", "inner_steps": 1}),
     Case("batch", [[3, 2], [2, 2]], SIMULATION),
     Case("sync", UNEVEN, SIMULATION),
+    Case("none", UNEVEN, ADAMW, grouped=True),
+    Case("batch", [[3, 2], [2, 2]], {"scheme": "simulation", **ADAMW}),
+    Case("none", UNEVEN, {"loss": squares}),
 ]
 
 
@@ -49,6 +54,7 @@ def test_two_ranks_equal_one_process(i: int, of_two_ranks: list[tuple[list[Tenso
     """Metrics of several steps, parameters, momentum, buffers, Adam's moments, a meta-gradient."""
     wanted = CASES[i].run(None)
     assert wanted["gradient of what.0.weight"].norm() > 1e-9
+    assert ("accuracy of step 0" in wanted) is (CASES[i].options.get("loss") is not squares)
     for found, _ in of_two_ranks:
         equal(found[i], wanted)
 
@@ -83,6 +89,55 @@ def test_four_ranks_equal_one_process(norm: str, tmp_path: Path) -> None:
 def test_micro_batches_equal_one_process_that_groups_them(sizes: list[int], options: dict[str, Any]) -> None:
     case = Case("batch", [sizes], options)
     equal(case.run(None, accumulate=len(sizes)), case.run(None))
+
+
+@pytest.mark.parametrize("scheme", ["transfer", "simulation"])
+def test_clipping_and_adamw_act_on_the_sum_over_micro_batches(scheme: str) -> None:
+    case = Case("batch", [[3, 2]], {"scheme": scheme, **ADAMW}, grouped=True)
+    equal(case.run(None, accumulate=2), case.run(None))
+
+
+@pytest.mark.parametrize("loss", [squares, nn.CrossEntropyLoss(label_smoothing=0.1)], ids=["squares", "smooth"])
+def test_there_is_accuracy_where_the_loss_has_it(loss: Any) -> None:
+    case = Case("none", [[3, 2]], {"loss": loss})
+    found = case.run(None, accumulate=2)
+    assert ("accuracy of step 0" in found) is (loss is not squares)
+    equal(found, case.run(None))
+
+
+CLASS_WEIGHTS = torch.linspace(1, 2, CLASSES, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
+        functools.partial(F.cross_entropy, weight=CLASS_WEIGHTS),
+        nn.CrossEntropyLoss(reduction="sum"),
+        lambda outputs, y: F.cross_entropy(outputs, y, weight=CLASS_WEIGHTS),
+        lambda outputs, y: F.cross_entropy(outputs, y, ignore_index=1),
+        lambda outputs, y: (outputs @ outputs.T).exp().mean().log(),
+    ],
+    ids=["weight", "partial", "sum", "weighted function", "ignoring function", "of pairs"],
+)
+def test_a_loss_that_is_no_mean_over_images_is_refused_for_parts(loss: Any) -> None:
+    case = Case("none", [[3, 2]], {"loss": loss})
+    x, y = case.batch(0)
+    y[:] = torch.tensor([1, 0, 2, 1, 1])
+    whole, parts = (Engine(case.learner(joined=False), loss=loss, accumulate=K, say=lambda text: None) for K in (1, 2))
+    whole.step(x, y)
+    with pytest.raises(L2TError, match="not the mean over its images, as accumulate= and group= need it"):
+        parts.step(x, y)
+
+
+def test_ignored_labels_are_refused_for_parts_in_any_step() -> None:
+    case = Case("none", [[3, 2]])
+    engine = Engine(case.learner(joined=False), loss=nn.CrossEntropyLoss(), accumulate=2, say=lambda text: None)
+    x, y = case.batch(0)
+    engine.step(x, y)
+    y[0] = -100
+    with pytest.raises(L2TError, match="labels of -100 are ignored"):
+        engine.step(x, y)
 
 
 def test_micro_batches_without_meta_networks() -> None:
