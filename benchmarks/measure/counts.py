@@ -44,7 +44,7 @@ class _Calls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         self.calls += 1
-        self.launches += not (func.is_view or name in _FREE)
+        self.launches += not (func.is_view or name in FREE)
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._watch(value.untyped_storage())
@@ -65,4 +65,4 @@ class _Calls(TorchDispatchMode):
         self.alive -= size
 
 
-_FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
