@@ -124,6 +124,9 @@ def check_fits(state: Any, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
                     f"this state does not fit the learner: '{name}' is {shape}, not {list(tensor.shape)}; load it "
                     "where it was made."
                 )
+            if theirs[name].is_floating_point() != tensor.is_floating_point() or theirs[name].is_meta:
+                what = f"{theirs[name].dtype} on {theirs[name].device}"
+                raise L2TError(f"this state does not fit the learner: '{name}' is {what}; load it where it was made.")
     if not isinstance(state["lr"], (int, float)):
         raise L2TError(f"this state is not that of an engine: its learning rate is {state['lr']!r}.")
 
