@@ -91,7 +91,7 @@ def batches_in_a_row(
     Raises:
         L2TError: their number does not fit the scheme.
     """
-    xs, ys = ([x] if isinstance(x, Tensor) else list(x)), ([y] if isinstance(y, Tensor) else list(y))
+    xs, ys = _tensors(x, "x"), _tensors(y, "y")
     if len(xs) != len(ys) or not xs:
         raise L2TError(f"there are {len(xs)} batches of images but {len(ys)} of labels: give one for each.")
     if len(xs) > 1 and scheme == "transfer":
@@ -101,7 +101,26 @@ def batches_in_a_row(
             raise L2TError("scheme='simulation' measures L_meta on held-out data: give val=(images, labels).")
         if len(xs) not in (1, inner_steps):
             raise L2TError(f"there are {len(xs)} batches for {inner_steps} inner steps: give one each, or one for all.")
+    if val is not None and len(_tensors(val, "val")) != 2:
+        raise L2TError("val must be (images, labels).")
     return [*zip(xs, ys, strict=True), *([val] if val is not None else [])]
+
+
+def _tensors(given: Any, name: str) -> list[Tensor]:
+    found = [given] if isinstance(given, Tensor) else given
+    if not isinstance(found, list | tuple) or not all(isinstance(one, Tensor) for one in found):
+        raise L2TError(
+            f"{name} must be a tensor, or a list of them, not {shown(given)}: give images [B, C, H, W] and labels [B]."
+        )
+    return list(found)
+
+
+def check_learner(learner: Any) -> None:
+    """Raises L2TError where it is none, or has nothing to train."""
+    if not isinstance(learner, L2T):
+        raise L2TError(f"an Engine needs an L2T, not {type(learner).__name__}: make one of your networks.")
+    if not any(p.requires_grad for p in learner.target.parameters()):
+        raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
 
 
 def check_batch(
@@ -116,6 +135,8 @@ def check_batch(
             f"the images have {x.shape[1]} channels, those that the learner was made for {channels}: give [B, "
             f"{channels}, H, W]."
         )
+    if x.layout != torch.strided:
+        raise L2TError(f"the images are {x.layout}: give them as x.to_dense().")
     if x.device not in places or x.dtype != like.dtype:
         raise L2TError(
             f"the images are {x.dtype} on {x.device}, the target is {like.dtype} on {like.device}: "

@@ -13,6 +13,7 @@ from torch import Tensor
 from l2t_fast.bounds import check_number
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine import checks
+from l2t_fast.engine.alone import one_at_a_time
 from l2t_fast.engine.capture import CaptureError, Graphs
 from l2t_fast.engine.checks import Images
 from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, units_of
@@ -82,6 +83,7 @@ class Engine:
             parameter. UnfitError: a target that cannot be differentiated twice, where there are meta-parameters.
     """
 
+    @one_at_a_time
     def __init__(
         self,
         learner: L2T,
@@ -118,8 +120,7 @@ class Engine:
             },
             nesterov,
         )
-        if not any(p.requires_grad for p in learner.target.parameters()):
-            raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
+        checks.check_learner(learner)
         parameter = next(p for p in learner.target.parameters() if p.requires_grad)
         self._device = parameter.device
         if precision != "fp32" and parameter.dtype != torch.float32:
@@ -177,6 +178,7 @@ class Engine:
         self._meta_lr_value = float(value)
         self.trained.set_meta_lr(self._meta_lr_value)
 
+    @one_at_a_time
     def step(self, x: Images, y: Images, val: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """One iteration: the real step of θ, the simulated steps from there, Adam on φ.
 
@@ -222,6 +224,7 @@ class Engine:
                 self._note_draws(before)
             return metrics
 
+    @one_at_a_time
     def meta_gradient(self, x: Images, y: Images, val: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """dL_meta/dφ by name ("what.0.weight", ...), simulated from the present θ and momentum; changes nothing.
 
@@ -245,6 +248,7 @@ class Engine:
         rates = self.optimizer.rates()
         return {**self.trained.groups(self.learner), "adam": adam, "lr": rates if len(rates) > 1 else self.lr}
 
+    @one_at_a_time
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave; the values are copied into the present tensors.
 
