@@ -147,7 +147,7 @@ def test_with_relu(shape: tuple[int, ...], layout: Any, summand: bool, monkeypat
 @pytest.mark.parametrize("summand", [True, False])
 @pytest.mark.parametrize(("features", "factor"), [(torch.float32, 1.5), (torch.bfloat16, 2.5)])
 def test_with_relu_in_lower_precision(features: torch.dtype, factor: float, summand: bool) -> None:
-    """No worse than ATen in the same precision, but for the interpreter's bfloat16, which cuts where hardware rounds."""
+    """No worse than ATen in that precision, but for the interpreter: its bfloat16 cuts where hardware rounds."""
     p = with_relu((4, 16, 4, 4), features, torch.channels_last, summand)
     exact = {name: t.double() if isinstance(t, Tensor) else t for name, t in p.items()}
     ours, aten, wanted = all_orders(p, True), all_orders(p, False), all_orders(exact, False)
