@@ -6,6 +6,7 @@ saved 130 (Ctrl-C, a closed pipe), 143 (SIGTERM) or 129 (SIGHUP).
 
 import codecs
 import contextlib
+import errno
 import io
 import os
 import subprocess
@@ -233,6 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OutputClosed, BrokenPipeError):
         _to_nowhere()
         sys.exit(130)
+    except OSError as error:  # a path that no system call takes, or what a library met on its way
+        where = f"{error.filename!r:.200}: " if error.filename is not None else ""
+        why = f"{where}{error.strerror or error}: give another path, or mend that."
+        Console(stderr=True).print(f"l2t-fast: {why}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2 if error.errno == errno.ENAMETOOLONG else 3)
     except Interrupted:
         Console(stderr=True).print(
             "stopped and saved: the same command goes on, `train` and `pretrain` with --resume and the same --name",

@@ -101,6 +101,11 @@ def check_there(path: Path) -> None:
         raise MachineError(f"{path.parent} was removed meanwhile: what was in it is lost; start anew.")
 
 
+def at_home(path: Path) -> Path:
+    """With "~" for the user's home; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 def make_folder(path: Path) -> None:
     """Makes the folder and those above it, where they are missing.
 
@@ -109,7 +114,10 @@ def make_folder(path: Path) -> None:
         L2TError: a file is in its way.
     """
     with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # its parents were made: nobody can make a folder there
+            raise MachineError(f"{path} cannot be made ({error.strerror}): give another --runs.") from error
 
 
 @contextmanager

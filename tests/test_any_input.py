@@ -262,6 +262,29 @@ def test_numbers_out_of_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (["inspect", "x" * 5000], 2, "File name too long: give another path, or mend that"),
+        (["train", "--runs", "x" * 5000, "--resume"], 2, "File name too long"),
+        (["train", "--source-weights", "x" * 5000], 2, "File name too long"),
+        (["train", "--dataset", "npz", "--data-root", "~nobody-here/x"], 2, "there is no file ~nobody-here/x"),
+        (["train", "--resume", "--runs", "RUNS", "--name", "null"], 2, "config.json is not the configuration of a run"),
+        (["table", "--runs", "RUNS", "--name", "list"], 2, "table.json is not the configuration of a run"),
+    ],
+)
+def test_paths_that_nobody_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], code: int, words: str
+) -> None:
+    for name, content in (("null/config.json", '{"runs": "a\\u0000b"}'), ("list/table.json", "[]")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path) if word == "RUNS" else word for word in command])
+    assert stopped.value.code == code
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
 def test_layers_that_are_numbers() -> None:
     with pytest.raises(L2TError, match=r"source_layers must be names of layers, not \[0\]"):
         L2T(network(), network(), source_layers=[0], target_layers=["1"], example=torch.zeros(2, 3, 6, 6))  # type: ignore[list-item]

@@ -3,6 +3,7 @@
     counts    FLOPs, aten calls, launches and bytes kept for backward of an iteration, which no noise reaches: at most
               those of expectations.json, and FLOPs of the imagenet case within fixed bounds in units of one forward and
               backward pass of the cross entropy (the official code spends 19.3 an iteration)
+    cuda      launches and bytes of an iteration on the path of CUDA, counted on this CPU (`measure.traffic`): likewise
     times     of the engine, in units of the reference's, turn by turn: worse only where the whole interval that this
               run measured lies above the whole interval of expectations.json
 
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import timing
+from benchmarks.measure.traffic import traffic
 from benchmarks.rows import say
 from l2t_fast import Engine
 from l2t_fast.engine.counts import count
@@ -31,8 +33,15 @@ EXPECTATIONS = Path(__file__).parent / "expectations.json"
 CPU = torch.device("cpu")
 # Small enough for CI; counts and ratios of them tell as much.
 TIMED = {"tiny": replace(CASES["tiny"], batch=8), "cifar": replace(CASES["cifar"], batch=4, target_width=0.25)}
+ON_CUDA = ("tf32", "bf16")
 ROUNDS = 9
-SLACK = {"flops": 1.001, "calls": 1.01, "launches": 1.01, "saved_bytes": 1.01}  # versions of PyTorch differ a little
+SLACK = {
+    "flops": 1.001,
+    "calls": 1.01,
+    "launches": 1.01,
+    "saved_bytes": 1.01,
+    "bytes": 1.01,
+}  # versions of PyTorch differ a little
 # In units of one forward and backward pass: whole iteration with one source forward, meta-gradient without it.
 UNITS = {"step": 12.3, "meta_gradient": 10.4}
 
@@ -58,7 +67,7 @@ def engine_counts(case: Case) -> dict[str, int]:
     x, y = case.images(0, CPU, torch.float32)
     engine.step(x, y)
     counts = asdict(count(functools.partial(engine.step, x, y)))
-    return {name: counts[name] for name in SLACK}
+    return {name: counts[name] for name in SLACK if name in counts}
 
 
 def time_ratio(case: Case, rounds: int = ROUNDS) -> Interval:
@@ -108,6 +117,7 @@ def measure() -> dict[str, Any]:
     try:
         return {
             "counts": {name: engine_counts(case) for name, case in TIMED.items()},
+            "cuda": {precision: traffic(TIMED["cifar"], precision) for precision in ON_CUDA},
             "time": {name: asdict(time_ratio(case)) for name, case in TIMED.items()},
             "imagenet": imagenet_units(),
         }
@@ -118,17 +128,21 @@ def measure() -> dict[str, Any]:
 def complaints(measured: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """What has become worse, a sentence each."""
     found = []
-    for case, counts in measured["counts"].items():
+    counted = [
+        (title + case, counts, expected[kind][case])
+        for kind, title in (("counts", ""), ("cuda", "on CUDA, "))
+        for case, counts in measured.get(kind, {}).items()
+    ]
+    for case, counts, before in counted:
         for name, value in counts.items():
-            most = expected["counts"][case][name]
-            if value > SLACK[name] * most:
-                found.append(f"{case}: {name} of an iteration rose from {most} to {value}.")
+            if value > SLACK[name] * before[name]:
+                found.append(f"{case}: {name} of an iteration rose from {before[name]} to {value}.")
     for case, ratio in measured["time"].items():
-        before, now = Interval(**expected["time"][case]), Interval(**ratio)
-        if now.low > before.high:
+        then, now = Interval(**expected["time"][case]), Interval(**ratio)
+        if now.low > then.high:
             found.append(
                 f"{case}: an iteration takes {now.median:.2f} ({now.low:.2f} to {now.high:.2f}) of the reference's "
-                f"time, it took {before.median:.2f} ({before.low:.2f} to {before.high:.2f})."
+                f"time, it took {then.median:.2f} ({then.low:.2f} to {then.high:.2f})."
             )
     for name, value in measured["imagenet"].items():
         if not value <= UNITS[name]:
@@ -145,7 +159,9 @@ def run(arguments: argparse.Namespace) -> int:
     measured = measure()
     say(json.dumps(measured, indent=2))
     if arguments.update:
-        EXPECTATIONS.write_text(json.dumps({name: measured[name] for name in ("counts", "time")}, indent=2) + "\n")
+        EXPECTATIONS.write_text(
+            json.dumps({name: measured[name] for name in ("counts", "cuda", "time")}, indent=2) + "\n"
+        )
         say(f"written to {EXPECTATIONS.name}")
     found = complaints(measured, json.loads(EXPECTATIONS.read_text()))
     for complaint in found:

@@ -1,10 +1,12 @@
 """BatchNorm with its second order written out: exact, and cheaper than PyTorch's own some thirty passes over memory.
 
+A sum and a ReLU that follow can be part of it, in all three orders (`pending.py` finds them in a network).
+
 In the formulas u is the cotangent of a gradient g_•, v_• what its adjoint gives. On CUDA they are Triton's
 (`batch_norm_triton.py`), but not under a compiler.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,58 +17,112 @@ from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted, mark_zero
 
 _aten = torch.ops.aten
 
+# (β [C], y [B, C, H, W] or None): where ReLU let pass, by y if it is there, else where γ x̂ + β is positive.
+Mask = tuple[Tensor, Tensor | None]
+
 # Dynamo, tracing a Function inside torch.func.vjp by itself, silently loses the second order; AOTAutograd does not.
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y [B, C, H, W], mean [C], 1/σ [C]) with the batch statistics of x [B, C, H, W]."""
-    return BatchNorm.apply(x, gamma, beta, eps)  # type: ignore[no-any-return]
+    return BatchNorm.apply(x, gamma, beta, eps)[:3]  # type: ignore[no-any-return]
 
 
 class BatchNorm(torch.autograd.Function):
-    """(x [B, C, H, W], γ [C], β [C], ε) -> (y, mean [C], 1/σ [C]), with batch statistics.
+    """(x [B, C, H, W], γ [C], β [C], ε) -> (y, mean [C], 1/σ [C], x again), with batch statistics.
 
-    y = γ x̂ + β,  x̂ = (x − μ)/σ,  σ² = var(x) + ε.  Only y is differentiable.
+    y = γ x̂ + β,  x̂ = (x − μ)/σ,  σ² = var(x) + ε;  with an `addend`, y = γ x̂ + β + addend; with `relu`, max(y, 0).
+    statistics: (μ, 1/σ), where they are known. make: what y is made by, where not as it stands there.
+
+    Where Triton computes, x again is what the gradient reads as x: so what it is due as that reaches `backward`
+    together with the cotangent of y, and is added in the same pass over memory. None elsewhere.
     """
 
     @staticmethod
-    def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        eps: float,
+        addend: Tensor | None = None,
+        relu: bool = False,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        make: Callable[..., Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if fused(x):
+            mean, rstd = statistics or batch_statistics(x, eps)
+            return (make or normalised)(x, gamma, beta, mean, rstd, addend, relu), mean, rstd, x.detach()
         y, mean, rstd = _aten._native_batch_norm_legit.no_stats(x, gamma, beta, True, 0.0, eps)
-        return y, mean, rstd
+        y = y if addend is None else y.add_(addend)
+        return y.relu_() if relu else y, mean, rstd, None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, gamma, _, _ = inputs
-        _, mean, rstd = output
+        x, gamma, beta, _, addend, ctx.relu, *_ = inputs
+        y, mean, rstd, again = output
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)  # two zeros a call
-        ctx.save_for_backward(x, gamma, mean, rstd)
+        ctx.set_materialize_grads(False)  # zeros a call
+        read = ctx.relu and (addend is not None or again is None)
+        tensors = (x if again is None else again, gamma, mean, rstd, beta if ctx.relu else None, y if read else None)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> Any:
+    def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> Any:
+        plus = others[2]
         if g is None:
-            return None, None, None, None
-        g_x, g_gamma, g_beta = BatchNormBackward.apply(g, *ctx.saved_tensors)
-        mark_zero_sums(g_x)
-        return g_x, g_gamma, g_beta, None
+            return plus, *[None] * 7
+        x, gamma, mean, rstd, beta, y = ctx.saved_tensors
+        mask = (beta.detach(), None if y is None else y.detach()) if ctx.relu else None
+        inside = plus if plus is not None and not torch.is_grad_enabled() else None
+        g_x, g_gamma, g_beta, g_passed = BatchNormBackward.apply(
+            g, x, gamma, mean, rstd, mask, inside, ctx.needs_input_grad[4]
+        )
+        if plus is not None and inside is None:
+            g_x = g_x + plus
+        mark_zero_sums(g_x)  # `plus` has, too: the gradient does not change where x is moved by a constant
+        return g_x, g_gamma, g_beta, None, g_passed, None, None, None
 
 
 class BatchNormBackward(torch.autograd.Function):
-    """(g, x [B, C, H, W], γ, μ, 1/σ [C]) -> (g_x, g_γ = Σ g x̂, g_β = Σ g); μ and σ count as functions of x."""
+    """(g, x [B, C, H, W], γ, μ, 1/σ [C]) -> (g_x, g_γ = Σ g x̂, g_β = Σ g, g); μ and σ count as functions of x.
+
+    With a mask, of all of g only what ReLU let pass counts, and that is what is handed back where `passed`. `plus` is
+    added to g_x, by Triton in the same pass.
+    """
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _normalize_backward(g, x, gamma, mean, rstd, [True, True, True])
+    def forward(
+        g: Tensor,
+        x: Tensor,
+        gamma: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        mask: Mask | None = None,
+        plus: Tensor | None = None,
+        passed: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if fused(x):
+            from l2t_fast.kernels.layers import batch_norm_triton
+
+            return batch_norm_triton.gradient(g, x, gamma, mean, rstd, mask, plus, passed)
+        g = _let_pass(g, mask)
+        g_x, g_gamma, g_beta = _normalize_backward(g, x, gamma, mean, rstd, [True, True, True])
+        return g_x, g_gamma, g_beta, g.clone() if passed else None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.mask, _, _ = inputs
         ctx.wanted = derivatives_wanted(ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:3])
 
     @staticmethod
-    def backward(ctx: Any, *u: Tensor) -> Any:
-        return *Last.apply(_adjoint, *u, *ctx.saved_tensors, ctx.wanted), None, None
+    def backward(ctx: Any, u: Tensor | None, u_gamma: Tensor | None, u_beta: Tensor | None, u_passed: Any) -> Any:
+        _, x, gamma, *_ = ctx.saved_tensors
+        us = [torch.zeros_like(like) if t is None else t for t, like in ((u, x), (u_gamma, gamma), (u_beta, gamma))]
+        v = Last.apply(_adjoint, *us, *ctx.saved_tensors, ctx.wanted, ctx.mask, u_passed)
+        return *v, *[None] * 5
 
 
 def adjoint(
@@ -113,19 +169,45 @@ def adjoint(
     return v_g, v_x, v_gamma
 
 
+def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(μ, 1/σ) [C] of x [B, C, H, W], in float32 for bfloat16."""
+    if x.is_cuda:
+        return torch.batch_norm_stats(x, eps)
+    _, mean, rstd = _aten._native_batch_norm_legit.no_stats(x, None, None, True, 0.0, eps)
+    return mean, rstd
+
+
+def normalised(
+    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, addend: Tensor | None, relu: bool
+) -> Tensor:
+    """y, where Triton computes."""
+    from l2t_fast.kernels.layers import batch_norm_triton
+
+    return batch_norm_triton.forward(x, gamma, beta, mean, rstd, addend, relu)
+
+
 def fused(x: Tensor) -> bool:
     """Whether Triton computes: on CUDA, but not where a compiler traces, which fuses the formulas by itself."""
     return launch.TRITON and x.is_cuda and type(x) is Tensor and launch.is_dense(x) and x.numel() < 2**31
 
 
 def _adjoint(*arguments: Any) -> tuple[Tensor | None, ...]:
-    """`adjoint`, by Triton where it computes."""
-    if not fused(arguments[4]):
-        return adjoint(*arguments)
-    from l2t_fast.kernels.layers import batch_norm_triton
+    """`adjoint`, with a mask and the cotangent of what was passed; by Triton where it computes."""
+    *tensors, needs, mask, u_passed = arguments
+    if fused(tensors[4]):
+        from l2t_fast.kernels.layers import batch_norm_triton
 
-    *tensors, (_, need_x, need_gamma) = arguments
-    return batch_norm_triton.adjoint(*(*tensors, need_x or need_gamma))
+        return batch_norm_triton.adjoint(*(*tensors, needs[1] or needs[2], mask, u_passed))
+    tensors[3] = _let_pass(tensors[3], mask)
+    v_g, v_x, v_gamma = adjoint(*(*tensors, needs))
+    if v_g is not None:
+        v_g = _let_pass(v_g if u_passed is None else v_g + u_passed, mask)
+    return v_g, v_x, v_gamma
+
+
+def _let_pass(g: Tensor, mask: Mask | None) -> Tensor:
+    """What ReLU let pass of g; in ATen the mask has y."""
+    return g if mask is None else _aten.threshold_backward(g, mask[1], 0)
 
 
 def _normalize_backward(

@@ -48,7 +48,7 @@ class ConvolutionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, w: Tensor, mask: Sequence[bool], *geometry: Any) -> tuple[Tensor | None, ...]:
-        if not (mask[2] and g.is_cuda and has_zero_sums(g)):  # on a CPU it comes along for nothing
+        if not (mask[2] and leaves_out_zero_sums(g)):
             return _convolve_backward(g, x, w, mask, geometry)
         g_x, g_w, _ = _convolve_backward(g, x, w, (*mask[:2], False), geometry)
         return g_x, g_w, g.new_zeros(w.shape[0])
@@ -96,6 +96,11 @@ def _convolution_adjoint(
     if need_g and u_bias is not None and not terms:
         v_g = u_bias[:, None, None].expand_as(g)
     return v_g, v_x, v_w
+
+
+def leaves_out_zero_sums(g: Tensor) -> bool:
+    """Whether the gradient of a bias is not computed, being zero; on a CPU it comes along for nothing."""
+    return g.is_cuda and has_zero_sums(g)
 
 
 def _short(g: Tensor) -> bool:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l2t_fast.kernels.layers import pending
 from l2t_fast.kernels.layers.autograd import plain_suffices
 from l2t_fast.kernels.layers.batch_norm import batch_norm
 from l2t_fast.kernels.layers.convolution import convolution
@@ -163,7 +164,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        y, mean, rstd = batch_norm(input, self.weight, self.bias, self.eps)
+        y, mean, rstd = _normalised(self, input)
         # float32 already, but for compiled bfloat16 on a CPU
         mean, rstd = mean.to(self.running_mean.dtype), rstd.to(self.running_var.dtype)
         count = input.numel() // input.shape[1]
@@ -172,7 +173,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         momentum = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance, momentum)
-        return y  # type: ignore[no-any-return]
+        return y
 
 
 class BatchStatistics2d(BatchNorm2d):
@@ -180,7 +181,7 @@ class BatchStatistics2d(BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if not plain_suffices(input) and _normalises(self, input):
-            return batch_norm(input, self.weight, self.bias, self.eps)[0]  # type: ignore[no-any-return]
+            return _normalised(self, input)[0]
         if not self.training:
             return nn.BatchNorm2d.forward(self, input)  # which reads its statistics
         # Without running statistics of its own the ordinary pass has none to change.
@@ -217,6 +218,15 @@ def _normalises(layer: nn.BatchNorm2d, x: Tensor) -> bool:
     mixed = layer.weight.dtype == torch.float32 and x.dtype == torch.bfloat16
     tracked = layer.training and layer.track_running_stats
     return tracked and several and x.dim() == 4 and (full or mixed) and not _autocast(x)
+
+
+def _normalised(layer: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, 1/σ) with batch statistics; y may wait for a ReLU, but not where a hook would see it."""
+    hooked = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    waits = not hooked and pending.may_wait(x)
+    if waits:
+        return pending.batch_norm(x, layer.weight, layer.bias, layer.eps)
+    return batch_norm(x, layer.weight, layer.bias, layer.eps)  # type: ignore[no-any-return]
 
 
 def _as_weight(x: Tensor, weight: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from l2t_fast.data.readers.catalogue import READERS, read_dataset
 from l2t_fast.data.readers.layout import Labelled
 from l2t_fast.data.streams import PER_CLASS, TEST, VALIDATION, keyed_generator
 from l2t_fast.errors import L2TError
+from l2t_fast.files import at_home
 
 _MOST = 4 * 2**30  # bytes of resized images
 
@@ -179,7 +180,7 @@ def _read_split(prefix: str, train: Tensor, test: Tensor) -> tuple[tuple[int, ..
     """The classes, and the indices of train, val and test, of the authors' three split files."""
     found: list[tuple[tuple[int, ...], Tensor]] = []
     for part, labels in (("train", train), ("val", train), ("test", test)):
-        path = Path(f"{prefix}-{part}").expanduser()
+        path = at_home(Path(f"{prefix}-{part}"))
         if not path.is_file():
             raise L2TError(f"there is no split file {path}; give the common beginning of three split files.")
         try:

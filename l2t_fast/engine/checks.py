@@ -31,20 +31,6 @@ def check_settings(words: Mapping[str, str], numbers: Mapping[str, Any], nestero
         raise L2TError("nesterov=True needs momentum > 0.")
 
 
-def trained_parameter(target: nn.Module, precision: Precision) -> Tensor:
-    """A parameter of the target that is trained.
-
-    Raises:
-        L2TError: there is none, or of another dtype than the precision needs.
-    """
-    found = next((p for p in target.parameters() if p.requires_grad), None)
-    if found is None:
-        raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
-    if precision != "fp32" and found.dtype != torch.float32:
-        raise L2TError(f"precision='{precision}' needs float32 networks, not {found.dtype}: use 'fp32'.")
-    return found
-
-
 def choose_rule(rule: Any, momentum: float, weight_decay: float, nesterov: bool) -> Rule:
     """The rule that θ moves by: that given, or SGD.
 
@@ -105,7 +91,7 @@ def batches_in_a_row(
     Raises:
         L2TError: their number does not fit the scheme.
     """
-    xs, ys = ([x] if isinstance(x, Tensor) else list(x)), ([y] if isinstance(y, Tensor) else list(y))
+    xs, ys = _tensors(x, "x"), _tensors(y, "y")
     if len(xs) != len(ys) or not xs:
         raise L2TError(f"there are {len(xs)} batches of images but {len(ys)} of labels: give one for each.")
     if len(xs) > 1 and scheme == "transfer":
@@ -115,7 +101,34 @@ def batches_in_a_row(
             raise L2TError("scheme='simulation' measures L_meta on held-out data: give val=(images, labels).")
         if len(xs) not in (1, inner_steps):
             raise L2TError(f"there are {len(xs)} batches for {inner_steps} inner steps: give one each, or one for all.")
+    if val is not None and len(_tensors(val, "val")) != 2:
+        raise L2TError("val must be (images, labels).")
     return [*zip(xs, ys, strict=True), *([val] if val is not None else [])]
+
+
+def _tensors(given: Any, name: str) -> list[Tensor]:
+    found = [given] if isinstance(given, Tensor) else given
+    if not isinstance(found, list | tuple) or not all(isinstance(one, Tensor) for one in found):
+        raise L2TError(
+            f"{name} must be a tensor, or a list of them, not {shown(given)}: give images [B, C, H, W] and labels [B]."
+        )
+    return list(found)
+
+
+def trained_parameter(learner: Any, precision: Precision) -> Tensor:
+    """A parameter of the learner's target that is trained.
+
+    Raises:
+        L2TError: it is no learner, it has nothing to train, or parameters of another dtype than the precision needs.
+    """
+    if not isinstance(learner, L2T):
+        raise L2TError(f"an Engine needs an L2T, not {type(learner).__name__}: make one of your networks.")
+    found = next((p for p in learner.target.parameters() if p.requires_grad), None)
+    if found is None:
+        raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
+    if precision != "fp32" and found.dtype != torch.float32:
+        raise L2TError(f"precision='{precision}' needs float32 networks, not {found.dtype}: use 'fp32'.")
+    return found
 
 
 def check_batch(
@@ -130,6 +143,8 @@ def check_batch(
             f"the images have {x.shape[1]} channels, those that the learner was made for {channels}: give [B, "
             f"{channels}, H, W]."
         )
+    if x.layout != torch.strided:
+        raise L2TError(f"the images are {x.layout}: give them as x.to_dense().")
     if x.device not in places or x.dtype != like.dtype:
         raise L2TError(
             f"the images are {x.dtype} on {x.device}, the target is {like.dtype} on {like.device}: "

@@ -40,10 +40,10 @@ class _Calls(Alive):
         self.calls += 1
         if (flops := flop_registry.get(func.overloadpacket)) is not None:
             self.flops += flops(*args, **(kwargs or {}), out_val=result)
-        self.launches += not (func.is_view or name in _FREE)
+        self.launches += not (func.is_view or name in FREE)
         if name == "aten::nll_loss_forward":
             self.saved = max(self.saved, self.alive)
         return result
 
 
-_FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}

@@ -13,6 +13,7 @@ from torch import Tensor
 from l2t_fast.bounds import check_number
 from l2t_fast.choices import Memory, Mode, Precision, Scheme
 from l2t_fast.engine import checks
+from l2t_fast.engine.alone import one_at_a_time
 from l2t_fast.engine.capture import CaptureError, Graphs
 from l2t_fast.engine.checks import Images
 from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, shapes_of, units_of
@@ -91,6 +92,7 @@ class Engine:
             meta-parameters.
     """
 
+    @one_at_a_time
     def __init__(
         self,
         learner: L2T,
@@ -120,7 +122,7 @@ class Engine:
         numbers |= {"meta_weight_decay": meta_weight_decay, "inner_steps": inner_steps, "accumulate": accumulate}
         numbers |= {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
         checks.check_settings(words, numbers, nesterov)
-        self._device = checks.trained_parameter(learner.target, precision).device
+        self._device = checks.trained_parameter(learner, precision).device
         self.mode, self.why = choose_mode(mode, self._device)
         if mode == "auto":
             say(f"l2t_fast: mode '{self.mode}', {self.why}\n")
@@ -176,6 +178,7 @@ class Engine:
         self._meta_lr_value = float(value)
         self.trained.set_meta_lr(self._meta_lr_value)
 
+    @one_at_a_time
     def step(self, x: Images, y: Images, val: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """One iteration: the real step of θ, the simulated steps from there, Adam on φ.
 
@@ -223,6 +226,7 @@ class Engine:
                 self._note_draws(before)
             return metrics
 
+    @one_at_a_time
     def meta_gradient(self, x: Images, y: Images, val: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """dL_meta/dφ by name ("what.0.weight", ...), simulated from the present θ and momentum; changes nothing.
 
@@ -247,6 +251,7 @@ class Engine:
         rates = self.optimizer.rates()
         return {**self.trained.groups(self.learner), "adam": adam, "lr": rates if len(rates) > 1 else self.lr}
 
+    @one_at_a_time
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave; the values are copied into the present tensors.
 

@@ -156,6 +156,9 @@ def check_fits(state: Any, groups: Mapping[str, Mapping[str, Tensor]], rates: in
                     f"this state does not fit the learner: '{name}' is {shape}, not {list(tensor.shape)}; load it "
                     "where it was made."
                 )
+            if theirs[name].is_floating_point() != tensor.is_floating_point() or theirs[name].is_meta:
+                what = f"{theirs[name].dtype} on {theirs[name].device}"
+                raise L2TError(f"this state does not fit the learner: '{name}' is {what}; load it where it was made.")
     lrs = state["lr"] if rates > 1 else [state["lr"]]
     if not isinstance(lrs, list) or len(lrs) != rates or not all(isinstance(lr, (int, float)) for lr in lrs):
         raise L2TError(f"this state is not that of an engine: its learning rate is {state['lr']!r}.")

@@ -90,7 +90,7 @@ class L2T(nn.Module):
     ) -> None:
         super().__init__()
         check_kinds(what, where)
-        modules = [sources] if isinstance(sources, nn.Module) else list(sources)
+        modules = _each(sources)
         modules = [unwrapped(module, f"source {s}") for s, module in enumerate(modules)]
         target = unwrapped(target, "target")
         _check_placement(modules, target, example)
@@ -143,8 +143,11 @@ class L2T(nn.Module):
             for heads, head in ((self.what, what_head(what, C_s)), (self.where, where_head(where, C_s))):
                 if head is not None:
                     heads.append(head)
+        makers = _each(terms)
+        if not all(map(callable, makers)):
+            raise L2TError(f"terms must be a list of functions that make them, not {shown(terms)}.")
         *of_sources, of_target = (Shapes(n.shapes, n.classes, n.hidden) for n in (*source_networks, target_network))
-        self.terms = nn.ModuleList(make(TermNetworks(tuple(of_sources), of_target)) for make in terms)
+        self.terms = nn.ModuleList(make(TermNetworks(tuple(of_sources), of_target)) for make in makers)
         for heads in (self.projections, self.what, self.where, self.terms):
             # Not what is there already: tensors without numbers (`candidates`) cannot be exchanged.
             if any((p.dtype, p.device) != (example.dtype, example.device) for p in heads.parameters()):
@@ -265,6 +268,8 @@ class L2T(nn.Module):
 
         x: images [B, C, H, W]. An ordinary forward pass of the target, in the modes that it is in.
         """
+        if not isinstance(x, Tensor):
+            raise L2TError(f"x must be images [B, C, H, W], not {shown(x)}.")
         S = self.source_features(x)
         _, T = self.target_outputs(x)
         E = ops.matching_distances(T, S, *self.projection_tensors(), self.source_of, self.target_of) if T else []
@@ -318,9 +323,16 @@ def _layers_of_each(
     return [list(layers) for layers in names]
 
 
+def _each(given: Any) -> list[Any]:
+    """What may be one or several as a list."""
+    several = isinstance(given, Iterable) and not isinstance(given, nn.Module | str)
+    return list(given) if several else [given]
+
+
 def _check_placement(networks: Sequence[nn.Module], target: nn.Module, example: Tensor) -> None:
-    if example.dim() != 4:
-        raise L2TError(f"example must be images [B, C, H, W], not a tensor of shape {list(example.shape)}.")
+    if not isinstance(example, Tensor) or example.dim() != 4:
+        what = f"a tensor of shape {list(example.shape)}" if isinstance(example, Tensor) else shown(example)
+        raise L2TError(f"example must be images [B, C, H, W], not {what}.")
     if example.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise L2TError(f"{example.dtype} is not to be had: give networks and example float32, float64 or bfloat16.")
     shared = {id(p) for network in networks for p in network.parameters()}

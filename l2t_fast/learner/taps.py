@@ -60,7 +60,7 @@ def unwrapped(module: nn.Module, role: str) -> nn.Module:
     """The user's own module, out of `torch.compile`, DataParallel and DistributedDataParallel.
 
     Raises:
-        L2TError: a scripted or exported module, which has no Python to run.
+        L2TError: no module; a scripted or exported one, which has no Python to run.
     """
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -69,6 +69,8 @@ def unwrapped(module: nn.Module, role: str) -> nn.Module:
             module = module._orig_mod
         elif isinstance(module, torch.jit.ScriptModule):
             raise L2TError(f"the {role} is a scripted module: give the Python module that it was made of.")
+        elif not isinstance(module, nn.Module):
+            raise L2TError(f"the {role} must be a torch.nn.Module, not {type(module).__name__}.")
         else:
             return module
 

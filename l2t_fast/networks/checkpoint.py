@@ -6,6 +6,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from os.path import expanduser
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,9 +30,9 @@ _HARMLESS = re.compile(
 
 def split_prefix(place: str | Path) -> tuple[Path, str | None]:
     """FILE and PREFIX of FILE:PREFIX; None where there is no prefix."""
-    path, (file, colon, prefix) = Path(place).expanduser(), str(place).rpartition(":")
-    if colon and not path.is_file() and Path(file).expanduser().is_file():
-        return Path(file).expanduser(), prefix.rstrip(".")
+    path, (file, colon, prefix) = Path(expanduser(place)), str(place).rpartition(":")
+    if colon and not path.is_file() and Path(expanduser(file)).is_file():
+        return Path(expanduser(file)), prefix.rstrip(".")
     return path, None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from l2t_fast.errors import L2TError
-from l2t_fast.files import load_json, make_folder, save_text
+from l2t_fast.files import at_home, load_json, make_folder, save_text
 from l2t_fast.networks.checkpoint import split_prefix
 from l2t_fast.networks.libraries import is_file
 from l2t_fast.reports.column import Problems, in_order, read_problems
@@ -106,15 +106,15 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
     weights = [split_prefix(name)[0] for name in config.source.source_weights or () if is_file(name)]
     splits = [Path(f"{config.data.split}-{part}") for part in ("train", "val", "test")] if config.data.split else []
     found = {
-        f"{kind} {i + 1}": hashlib.sha256(path.expanduser().read_bytes()).hexdigest()
+        f"{kind} {i + 1}": hashlib.sha256(at_home(path).read_bytes()).hexdigest()
         for kind, paths in (
             ("source-weights", weights if uses_sources(config) else []),
             ("split", splits),
             ("data-root", [config.data.data_root] if config.data.dataset == "npz" else []),
         )
         for i, path in enumerate(paths)
-        if path.expanduser().is_file()  # what is missing the preflight refuses
+        if at_home(path).is_file()  # what is missing the preflight refuses
     }
     if config.data.dataset == "folder":
-        found["data-root"] = str(config.data.data_root.expanduser().resolve())
+        found["data-root"] = str(at_home(config.data.data_root).resolve())
     return found

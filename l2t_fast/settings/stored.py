@@ -115,6 +115,8 @@ def _build(cls: Any, values: dict[str, Any], path: Path) -> Any:
 
     What a run of an older version does not say is as it is by default.
     """
+    if not isinstance(values, dict):
+        raise TypeError("no object of JSON")
     arguments: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
@@ -124,6 +126,8 @@ def _build(cls: Any, values: dict[str, Any], path: Path) -> Any:
         if isinstance(value, dict):
             arguments[f.name] = _build(f.default_factory, value, path)
         elif f.name in ("runs", "data_root"):
+            if "\0" in value:
+                raise ValueError("no path has a null byte")
             arguments[f.name] = Path(value)
         elif f.name in ("source", "source_weights", "source_width") and value is not None:
             arguments[f.name] = tuple(value) if isinstance(value, list) else (value,)

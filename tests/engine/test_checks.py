@@ -1,6 +1,7 @@
 """Settings, batches and networks that are refused, each with a sentence."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -293,3 +294,90 @@ def test_buffers_written_silently_are_put_back() -> None:
         with pytest.raises(L2TError, match="too small"):
             function(X[..., :4, :4], Y)
         assert_identical(snapshot(engine), before)
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers)
+
+
+def small_engine(**options: Any) -> Engine:
+    made = L2T(small(), small(), source_layers=["2"], target_layers=["2"], example=torch.zeros(2, 3, 8, 8))
+    return Engine(made, lr=0.1, meta_lr=1e-3, say=lambda text: None, **options)
+
+
+IMAGES, LABELS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "val", "words"),
+    [
+        (IMAGES.numpy(), LABELS, None, "x must be a tensor, or a list of them, not array"),
+        ([[1]], LABELS, None, r"x must be a tensor, or a list of them, not \[\[1\]\]"),
+        (None, LABELS, None, "x must be a tensor, or a list of them, not None"),
+        (IMAGES, None, None, "y must be a tensor, or a list of them, not None"),
+        (IMAGES, [0, 1, 2, 0], None, "y must be a tensor"),
+        (IMAGES, LABELS, (IMAGES,), r"val must be \(images, labels\)"),
+        (IMAGES, LABELS, 3, "val must be a tensor, or a list of them, not 3"),
+        (IMAGES.to_sparse(), LABELS, None, "the images are torch.sparse_coo: give them as x.to_dense"),
+        (IMAGES.to_mkldnn(), LABELS, None, "the images are torch._mkldnn"),
+    ],
+)
+def test_batches_that_are_none(x: Any, y: Any, val: Any, words: str) -> None:
+    subject = small_engine(scheme="simulation") if val is not None else small_engine()
+    before = copy.deepcopy(subject.state_dict()["theta"])
+    with pytest.raises(L2TError, match=words):
+        subject.step(x, y, val)
+    assert all(torch.equal(p, before[name]) for name, p in subject.state_dict()["theta"].items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sources": None}, "the source 0 must be a torch.nn.Module, not NoneType"),
+        ({"sources": "resnet34"}, "the source 0 must be a torch.nn.Module, not str"),
+        ({"target": None}, "the target must be a torch.nn.Module, not NoneType"),
+        ({"example": None}, r"example must be images \[B, C, H, W\], not None"),
+        ({"example": [1]}, r"example must be images \[B, C, H, W\], not \[1\]"),
+        ({"terms": "at"}, "terms must be a list of functions that make them, not 'at'"),
+        ({"terms": [3]}, r"terms must be a list of functions that make them, not \[3\]"),
+    ],
+)
+def test_learners_that_are_none(changes: dict[str, Any], words: str) -> None:
+    given: dict[str, Any] = {"sources": small(), "target": small(), "example": IMAGES, **changes}
+    with pytest.raises(L2TError, match=words):
+        L2T(given.pop("sources"), given.pop("target"), source_layers=["2"], target_layers=["2"], **given)
+
+
+def test_what_is_no_learner_no_images_or_no_state() -> None:
+    with pytest.raises(L2TError, match="an Engine needs an L2T, not Sequential"):
+        Engine(small())  # type: ignore[arg-type]
+    subject = small_engine()
+    with pytest.raises(L2TError, match="x must be images"):
+        subject.learner.matching_loss([1])  # type: ignore[arg-type]
+    state = copy.deepcopy(subject.state_dict())
+    for change in (lambda t: t.long(), lambda t: t.to(torch.complex64), lambda t: t.to("meta")):
+        odd = {**state, "theta": {name: change(tensor) for name, tensor in state["theta"].items()}}
+        with pytest.raises(L2TError, match=r"this state does not fit the learner: 'target.0.weight' is torch"):
+            subject.load_state_dict(odd)
+
+
+def test_engines_in_threads_are_as_one_after_the_other() -> None:
+    """Also one engine in several threads: each iteration is whole."""
+    alone = small_engine()
+    several = [small_engine(), small_engine()]
+    for _ in range(10):
+        alone.step(IMAGES, LABELS)
+
+    def work(subject: Engine, steps: int) -> None:
+        torch.set_num_threads(1)  # which each thread has for itself
+        for _ in range(steps):
+            subject.step(IMAGES, LABELS)
+
+    jobs = [(several[0], 10), (several[1], 5), (several[1], 5)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda job: work(*job), jobs))
+    for subject in several:
+        for name, p in subject.state_dict()["theta"].items():
+            assert torch.equal(p, alone.state_dict()["theta"][name])

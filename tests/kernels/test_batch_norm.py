@@ -91,3 +91,80 @@ def test_the_same_bits_again() -> None:
     arguments = problem((4, 70, 8, 8), torch.float32, torch.channels_last, torch.float32)
     first, second = (batch_norm_triton.adjoint(*arguments, True) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))  # type: ignore[arg-type]
+
+
+def with_relu(shape: tuple[int, ...], dtype: torch.dtype, layout: Any, summand: bool) -> dict[str, Any]:
+    """A problem, with β, an addend, what is added to g_x, the cotangent of what ReLU passed, and y."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    u, u_gamma, u_beta, g, x, gamma, mean, rstd, *_ = problem(shape, dtype, layout, wide)
+    addend, plus, u_passed = (t.roll(1, 0) for t in (u, g, x))
+    beta = u_beta.roll(1)
+    y = (x.to(wide) - mean[:, None, None]) * (gamma * rstd)[:, None, None] + beta[:, None, None]
+    y = (y + addend.to(wide) if summand else y).relu().to(dtype).contiguous(memory_format=layout)
+    mask = (beta, y if summand else None)
+    return {
+        **{"u": u, "u_gamma": u_gamma, "u_beta": u_beta, "g": g, "x": x, "gamma": gamma, "beta": beta, "mean": mean},
+        **{"rstd": rstd, "addend": addend if summand else None, "plus": plus, "mask": mask, "y": y},
+        "u_passed": u_passed if summand else None,
+    }
+
+
+def all_orders(p: dict[str, Any], triton: bool) -> list[Tensor]:
+    """y; g_x, g_γ, g_β, what was passed; v_g, v_x, v_γ."""
+    x, gamma, mean, rstd, summand = p["x"], p["gamma"], p["mean"], p["rstd"], p["addend"] is not None
+    if triton:
+        y = batch_norm_triton.forward(x, gamma, p["beta"], mean, rstd, p["addend"], True)
+        first = batch_norm_triton.gradient(p["g"], x, gamma, mean, rstd, p["mask"], p["plus"], passed=summand)
+        us = p["u"], p["u_gamma"], p["u_beta"]
+        second = batch_norm_triton.adjoint(
+            *us, p["g"], x, gamma, mean, rstd, *first[1:3], True, p["mask"], p["u_passed"]
+        )
+        return [t for t in (y, *first, *second) if t is not None]
+    aten = torch.ops.aten
+    passed = aten.threshold_backward(p["g"], p["y"], 0)
+    g_x, g_gamma, g_beta = batch_norm._normalize_backward(passed, x, gamma, mean, rstd, [True] * 3)
+    arguments = (p["u"], p["u_gamma"], p["u_beta"], passed, x, gamma, mean, rstd, g_gamma, g_beta)
+    v_g, v_x, v_gamma = batch_norm.adjoint(*arguments, (True, True, True))
+    v_g = aten.threshold_backward(v_g + p["u_passed"] if summand else v_g, p["y"], 0)
+    return [p["y"], g_x + p["plus"], g_gamma, g_beta, *([passed] if summand else []), v_g, v_x, v_gamma]
+
+
+@pytest.mark.parametrize("summand", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_with_relu(shape: tuple[int, ...], layout: Any, summand: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every result of the three orders against ATen's formulas, with a sum in front of ReLU and without."""
+    p = with_relu(shape, torch.float64, layout, summand)
+    expected = all_orders(p, triton=False)
+    like, empty = torch.empty_like, torch.empty
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(like(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    for ours, theirs in zip(all_orders(p, triton=True), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+        assert ours.dim() < 4 or ours.stride() == p["x"].stride()
+
+
+@pytest.mark.parametrize("summand", [True, False])
+@pytest.mark.parametrize(("features", "factor"), [(torch.float32, 1.5), (torch.bfloat16, 2.5)])
+def test_with_relu_in_lower_precision(features: torch.dtype, factor: float, summand: bool) -> None:
+    """No worse than ATen in that precision, but for the interpreter: its bfloat16 cuts where hardware rounds."""
+    p = with_relu((4, 16, 4, 4), features, torch.channels_last, summand)
+    exact = {name: t.double() if isinstance(t, Tensor) else t for name, t in p.items()}
+    ours, aten, wanted = all_orders(p, True), all_orders(p, False), all_orders(exact, False)
+    y, rounded = ours.pop(0), aten.pop(0)
+    torch.testing.assert_close(y, rounded, rtol=2 * torch.finfo(features).eps, atol=1e-6)
+    for one, other, all_of_it in zip(ours, aten, wanted[1:], strict=True):
+        error, theirs = ((t.double() - all_of_it).norm() / all_of_it.norm() for t in (one, other))
+        assert error <= factor * theirs + 1e-6
+
+
+def test_nan_passes() -> None:
+    """As in PyTorch's ReLU, forward and backward: a training that diverges is to be seen."""
+    p = with_relu((2, 3, 4, 5), torch.float64, torch.contiguous_format, summand=False)
+    p["x"][0, 1, 2, 3] = torch.nan
+    y = batch_norm_triton.forward(p["x"], p["gamma"], p["beta"], p["mean"], p["rstd"], None, True)
+    assert y[0, 1, 2, 3].isnan()
+    assert y.isnan().sum() == 1
+    *_, passed = batch_norm_triton.gradient(p["g"], p["x"], p["gamma"], p["mean"], p["rstd"], p["mask"], None, True)
+    assert passed is not None
+    assert passed[0, 1, 2, 3] == p["g"][0, 1, 2, 3]

@@ -47,6 +47,13 @@ def test_batch_norm(features: torch.dtype, layout: torch.memory_format) -> None:
     channels = [randn(70) for _ in range(7)]
     outputs = batch_norm_triton.adjoint(u, *channels[:2], g, x, *channels[2:], True)
     assert all(y is not None and y.isfinite().all() for y in outputs)
+    gamma, beta, mean, rstd = channels[:4]
+    for summand in (g, None):
+        y = batch_norm_triton.forward(x, gamma, beta, mean, rstd, summand, True)
+        mask = (beta, y if summand is not None else None)
+        first = batch_norm_triton.gradient(g, x, gamma, mean, rstd, mask, u, passed=True)
+        second = batch_norm_triton.adjoint(u, gamma, beta, g, x, gamma, mean, rstd, *first[1:3], True, mask, g)
+        assert all(t is not None and t.isfinite().all() for t in (y, *first, *second))
 
 
 @pytest.mark.parametrize("features", [torch.bfloat16, torch.float32])

@@ -91,6 +91,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     check_free(tmp_path)
 
 
+@pytest.mark.slow  # it starts four processes
 def test_two_at_once_are_one_run(tmp_path: Path) -> None:
     """Two `train --name N`, then two `--resume` after a kill: one trains, the other leaves, no row is there twice."""
     command = [sys.executable, "-m", "l2t_fast.cli", "train", "--runs", str(tmp_path), "--name", "run"]

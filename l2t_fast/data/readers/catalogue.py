@@ -13,6 +13,7 @@ from l2t_fast.data.readers.photographs import cub200, image_folder, mit67, photo
 from l2t_fast.data.readers.small import both_parts, cifar, digits, fashion, stl10
 from l2t_fast.data.readers.tinyimagenet import URL, tinyimagenet
 from l2t_fast.errors import L2TError
+from l2t_fast.files import at_home
 
 READERS: dict[str, Reader] = {
     "digits": Reader(digits, flip=False),
@@ -69,9 +70,9 @@ def read_dataset(name: str, root: Path, download: bool) -> tuple[Labelled, Label
     """
     reader = READERS[name]
     try:
-        train, test = reader.read(root.expanduser(), download)
+        train, test = reader.read(at_home(root), download)
     except (DamagedError, OSError) as error:
         reason = f" ({first_line(error)})" if str(error) else ""
         how = reader.get.format(command=f"`l2t-fast train --dataset {name} --data-root {root} --download`")
-        raise L2TError(f"{name} is missing or damaged in {root.expanduser().resolve()}{reason}; {how}.") from error
+        raise L2TError(f"{name} is missing or damaged in {at_home(root).resolve()}{reason}; {how}.") from error
     return train, test, reader.num_classes or int(train.labels.max()) + 1

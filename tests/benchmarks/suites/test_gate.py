@@ -1,13 +1,16 @@
 """The regression gate: that nothing became worse, and that it sees what does."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.measure.traffic import _counted, traffic
 from benchmarks.suites import gate
 from l2t_fast import L2T
+from l2t_fast.kernels.layers import pending
 from l2t_fast.learner.network import Network
 from tests.shared import SMALL_CASE
 
@@ -51,6 +54,24 @@ def test_gate_sees_more_memory(expected_counts: dict[str, int], monkeypatch: pyt
     monkeypatch.setattr(Network, "run", hoarding)
     found = _complaints(gate.engine_counts(SMALL_CASE), expected_counts)
     assert any("saved_bytes" in complaint for complaint in found)
+
+
+def test_gate_sees_more_traffic_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of BatchNorms that no longer wait for their ReLU, for one."""
+    before = {"tf32": traffic(SMALL_CASE, "tf32")}
+    assert gate.complaints({"cuda": before, "time": {}, "imagenet": {}}, {"cuda": before}) == []
+    monkeypatch.setattr(pending, "may_wait", lambda x: False)
+    now = {"tf32": traffic(SMALL_CASE, "tf32")}
+    found = gate.complaints({"cuda": now, "time": {}, "imagenet": {}}, {"cuda": before})
+    assert any("launches" in complaint for complaint in found)
+    assert any("bytes" in complaint for complaint in found)
+
+
+def test_traffic_is_affine_in_the_batch() -> None:
+    case = replace(SMALL_CASE, batch=7)
+    told, counted = traffic(case, "bf16"), _counted(case, "bf16")
+    assert told["launches"] == counted.launches.total()
+    assert told["bytes"] == pytest.approx(counted.bytes.total(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("times", "red"), [(1.0, False), (1.1, False), (2.0, True)])
