@@ -14,6 +14,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eps": (1e-30, 1e6),
     "width": (1e-6, 16.0),
     "inner_steps": (0, 1000),
+    "accumulate": (1, 1000),
     "epochs": (1, 10**6),
     "batch_size": (1, 10**6),
     "seed": (0, 2**63 - 1),

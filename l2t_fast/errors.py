@@ -30,6 +30,10 @@ class MachineError(L2TError):
     status = 3
 
 
+class RankError(MachineError):
+    """Another process of the same training has failed or ended."""
+
+
 class ReadError(L2TError):
     """Images cannot be read: what was learned until then is good."""
 

@@ -65,7 +65,7 @@ def everything(subject: Engine) -> dict[str, Tensor]:
     """Copies of all numbers that an iteration changes, in one dictionary."""
     state = copy.deepcopy(subject.state_dict())
     tensors = {
-        f"{group}.{name}": t for group in ("theta", "momentum", "buffers", "phi") for name, t in state[group].items()
+        f"{group}.{name}": t for group in state if group not in ("adam", "lr") for name, t in state[group].items()
     }
     moments = {
         f"adam.{i}.{name}": t for i, moment in state["adam"].get("state", {}).items() for name, t in moment.items()

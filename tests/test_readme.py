@@ -14,6 +14,7 @@ DOCUMENTS = (
     "l2t_fast/README.md",
     "benchmarks/README.md",
     "docs/faults.md",
+    "docs/many-devices.md",
     "docs/your-loop.md",
 )
 

@@ -19,7 +19,7 @@ FLOORS = [
     ["engine"],
     ["learner", "data"],
     ["kernels", "networks", "files", "reference"],
-    ["bounds"],
+    ["bounds", "ranks"],
     ["choices", "environment", "errors", "signals"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

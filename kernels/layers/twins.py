@@ -21,17 +21,21 @@ from l2t_fast.kernels.layers.autograd import plain_suffices
 from l2t_fast.kernels.layers.batch_norm import batch_norm
 from l2t_fast.kernels.layers.convolution import convolution
 from l2t_fast.kernels.layers.max_pool import max_pool
+from l2t_fast.kernels.layers.sync_batch_norm import SyncBatchNorm
 
 
 def twin_of(layer: nn.Module) -> type[nn.Module] | None:
     """The twin of a layer, None for one that has none.
 
-    Exact types: `nn.Conv2d` (zero padding by a number), `nn.BatchNorm2d` (affine), `nn.MaxPool2d` and `nn.Linear`.
+    Exact types: `nn.Conv2d` (zero padding by a number), `nn.BatchNorm2d` (affine), `nn.SyncBatchNorm`, `nn.MaxPool2d`
+    and `nn.Linear`.
     """
     if type(layer) is nn.Conv2d:
         return Conv2d if _pads_by_number(layer) else None
     if type(layer) is nn.BatchNorm2d:
         return BatchNorm2d if layer.weight is not None else None
+    if type(layer) is nn.SyncBatchNorm:
+        return SyncBatchNorm
     if type(layer) is nn.MaxPool2d:
         return MaxPool2d
     return Linear if type(layer) is nn.Linear else None

@@ -32,6 +32,24 @@ _FLOAT = (transforms.ToTensor(), transforms.Normalize(MEAN, STD))
 _DECODED = 64  # images that a process hands over at once
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one of several processes takes of each batch, which is divided into `parts` in all."""
+
+    rank: int
+    ranks: int
+    parts: int
+
+    def of(self, batch: range) -> range:
+        """Its positions among those of a batch, which is divided as by `torch.tensor_split`."""
+        size, rest = divmod(len(batch), self.ranks)
+        begin, end = (i * size + min(i, rest) for i in (self.rank, self.rank + 1))
+        return batch[begin:end]
+
+
+WHOLE = Part(rank=0, ranks=1, parts=1)
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet(ABC):
     """Labelled images. labels: int64 [N]. augment: whether `batches` augments (training sets do)."""
@@ -42,20 +60,26 @@ class ImageSet(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def num_batches(self, batch_size: int) -> int:
-        """Batches of one epoch. A trailing batch of ONE image is dropped: BatchNorm cannot train on it."""
+    def num_batches(self, batch_size: int, parts: int = 1) -> int:
+        """Batches of one epoch. A trailing batch without TWO images for each of its parts is dropped: BatchNorm cannot
+        train on one."""
         if batch_size < 1:
             raise L2TError(f"the batch size must be at least 1, not {batch_size}.")
         full, rest = divmod(len(self), batch_size)
-        return full + (rest > 1)
+        return full + (rest >= 2 * parts)
 
     @abstractmethod
-    def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[LabelledBatch]:
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, part: Part = WHOLE
+    ) -> Iterator[LabelledBatch]:
         """One shuffled epoch from batch `start` on: x float32 [B, 3, H, W], normalised, and y int64 [B].
 
         A pure function of (seed, epoch, position): `start=k` gives what the whole epoch gives from its batch k on,
-        without preparing the first k. There are `num_batches(batch_size) - start` of them: a trailing batch of
-        ONE image is dropped. The global random generators are neither read nor changed.
+        without preparing the first k. There are `num_batches(batch_size, part.parts) - start` of them. Global random
+        generators are neither read nor changed.
+
+        Args:
+            part: the piece of each batch that is wanted; the others are not prepared.
         """
 
     @abstractmethod
@@ -87,9 +111,11 @@ class ImageSet(ABC):
     def to(self, device: torch.device | str) -> ImageSet:
         """The same images, with batches on `device`."""
 
-    def _span(self, batch_size: int, start: int) -> range:
-        """Positions in the shuffled order that batches start, start + 1, ... cover."""
-        return range(start * batch_size, min(self.num_batches(batch_size) * batch_size, len(self)))
+    def _spans(self, batch_size: int, start: int, part: Part) -> list[range]:
+        """Positions in the shuffled order that the part has of batches start, start + 1, ..."""
+        end = min(self.num_batches(batch_size, part.parts) * batch_size, len(self))
+        begins = range(start * batch_size, end, batch_size)
+        return [part.of(range(begin, min(begin + batch_size, end))) for begin in begins]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +129,12 @@ class TensorSet(ImageSet):
     images: Tensor
     flip: bool
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[LabelledBatch]:
-        return _beside(self._batches(self._span(batch_size, start), batch_size, seed, epoch), self.images.device)
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, part: Part = WHOLE
+    ) -> Iterator[LabelledBatch]:
+        return _beside(self._batches(self._spans(batch_size, start, part), seed, epoch), self.images.device)
 
-    def _batches(self, span: range, batch_size: int, seed: int, epoch: int) -> Iterator[LabelledBatch]:
+    def _batches(self, spans: Sequence[range], seed: int, epoch: int) -> Iterator[LabelledBatch]:
         n, device = len(self), self.images.device
         # Drawn for the whole epoch at once, so that any batch can be the first; on the CPU, alike for all devices.
         generator = keyed_generator(ORDER, seed, epoch)
@@ -114,8 +142,8 @@ class TensorSet(ImageSet):
         shift = torch.randint(2 * PAD + 1, (n, 2), generator=generator).to(device)  # [N, 2]
         flipped = (torch.rand(n, generator=generator) < 0.5).to(device)  # [N]
         normalise = _normaliser(device)
-        for begin in span[::batch_size]:
-            now = slice(begin, begin + batch_size)
+        for span in spans:
+            now = slice(span.start, span.stop)
             x = self.images[order[now]]  # [B, C, H, W]
             if self.augment:
                 x = _crop(x, shift[now], flipped[now] if self.flip else None)
@@ -162,15 +190,17 @@ class FolderSet(ImageSet):
     size: int
     workers: int
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[LabelledBatch]:
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, part: Part = WHOLE
+    ) -> Iterator[LabelledBatch]:
         order = torch.randperm(len(self), generator=keyed_generator(ORDER, seed, epoch))  # [N]
         key = (AUGMENTATION, seed, epoch) if self.augment else None
         size = self.size
         shape = (
             [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()] if self.augment else _centre(size)
         )
-        span = self._span(batch_size, start)
-        batches = self._load(order[span], [*shape, *_FLOAT], batch_size, start * batch_size, key)
+        spans = self._spans(batch_size, start, part)
+        batches = self._load(order, [*shape, *_FLOAT], spans, key)
         return _beside(batches, self.labels.device)
 
     def eval_batches(self, batch_size: int) -> Iterator[LabelledBatch]:
@@ -202,13 +232,13 @@ class FolderSet(ImageSet):
         return dataclasses.replace(self, labels=self.labels.to(device))
 
     def _load(
-        self, order: Tensor, shape: Sequence[_Transform], batch_size: int, first: int = 0, key: _Key = None
+        self, order: Tensor, shape: Sequence[_Transform], batches: int | Sequence[range], key: _Key = None
     ) -> Iterator[LabelledBatch]:
         device = self.labels.device
         labels = self.labels.tolist()
         samples = [(self.paths[i], labels[i]) for i in order.tolist()]
-        files = _Files(samples, shape, first, key)
-        for x, y in load(files, batch_size, self.workers, pin=device.type == "cuda"):
+        files = _Files(samples, shape, key)
+        for x, y in load(files, batches, self.workers, pin=device.type == "cuda"):
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
@@ -263,10 +293,10 @@ class _Tried(Dataset[bool]):
 
 
 class _Files(Dataset[tuple[Tensor, int]]):
-    """Decoded images, put into `shape`; with a key, at random by (key, first + index) alone."""
+    """Decoded images, put into `shape`; with a key, at random by (key, index) alone."""
 
-    def __init__(self, samples: list[tuple[str, int]], shape: Sequence[_Transform], first: int, key: _Key) -> None:
-        self.samples, self.first, self.key = samples, first, key
+    def __init__(self, samples: list[tuple[str, int]], shape: Sequence[_Transform], key: _Key) -> None:
+        self.samples, self.key = samples, key
         self.transform = transforms.Compose(shape)
 
     def __len__(self) -> int:
@@ -279,7 +309,7 @@ class _Files(Dataset[tuple[Tensor, int]]):
             return self.transform(image), label
         # torchvision's transforms draw from the global CPU generator: seeded here, and put back.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.set_state(keyed_generator(*self.key, self.first + index).get_state())
+            torch.default_generator.set_state(keyed_generator(*self.key, index).get_state())
             return self.transform(image), label
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from l2t_fast.errors import L2TError, LostWorkerError, ReadError
 from l2t_fast.signals import held_back, leave_group
@@ -18,18 +18,24 @@ _OURS = "L2TError: "  # a worker's message comes wrapped in its traceback
 _RAISED = "Caught "  # how PyTorch begins what code in a worker has raised
 
 
-def load(dataset: Dataset[Any], batch_size: int, workers: int, pin: bool = False) -> Iterator[Any]:
-    """`dataset` in order, in batches, by so many `workers`; with `pin` in memory that a GPU can read.
+def load(dataset: Dataset[Any], batches: int | Sequence[range], workers: int, pin: bool = False) -> Iterator[Any]:
+    """`dataset` in batches, by so many `workers`; with `pin` in memory that a GPU can read.
+
+    Args:
+        batches: the indices of each; or their size, to have all in order.
 
     Raises:
         ReadError: an item cannot be read.
         LostWorkerError: a process was killed, or could not be started, twice at the same batch.
     """
+    if isinstance(batches, int):
+        size, end = batches, len(dataset)  # type: ignore[arg-type]
+        batches = [range(begin, min(begin + size, end)) for begin in range(0, end, size)]
     done, lost_at = 0, -1
     while True:
-        rest = Subset(dataset, range(done * batch_size, len(dataset)))  # type: ignore[arg-type]
+        rest = batches[done:]
         try:
-            for batch in _read(rest, batch_size, workers, pin):
+            for batch in _read(dataset, rest, workers, pin):
                 yield batch
                 done += 1
             return
@@ -47,18 +53,18 @@ def load(dataset: Dataset[Any], batch_size: int, workers: int, pin: bool = False
             lost_at = done
 
 
-def _read(dataset: Dataset[Any], batch_size: int, workers: int, pin: bool) -> Iterator[Any]:
+def _read(dataset: Dataset[Any], batches: Sequence[range], workers: int, pin: bool) -> Iterator[Any]:
     loader = DataLoader(
         dataset,
-        batch_size=batch_size,
-        num_workers=min(workers, -(-len(dataset) // batch_size)),  # type: ignore[arg-type]  # none without a batch
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=min(workers, len(batches)),  # none without a batch
         pin_memory=pin,
         worker_init_fn=_leave_group,
         generator=torch.Generator(),  # otherwise the loader draws from the global one
     )
     with held_back(), _deaths_unheard():
-        batches = iter(loader)
-    yield from batches
+        loaded = iter(loader)
+    yield from loaded
 
 
 def _leave_group(_worker: int) -> None:

@@ -9,10 +9,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine.inner_step import Theta
+from l2t_fast.engine.shards import WHOLE, Part, Shards
 from l2t_fast.engine.update import Kept, Update
 from l2t_fast.learner.hooks import sweeping
 
-Outer = Callable[[Theta], Tensor]
+Outer = Callable[[int, Theta], Tensor]  # (part, θ) -> ω L_meta
 
 
 class Kind(NamedTuple):
@@ -23,8 +24,8 @@ class Kind(NamedTuple):
     matching: bool
 
 
-# (kind, θ, a of the kind's batch) -> ∇θ, without the parameters that the losses do not reach.
-StepGradient = Callable[[Kind, Theta, list[Tensor]], Theta]
+# (kind, part, θ, a of the part of the kind's batch) -> ω ∇θ, without the parameters that the losses do not reach.
+StepGradient = Callable[[Kind, int, Theta, list[Tensor]], Theta]
 
 
 def simulated_steps(scheme: Scheme, batches: int, inner_steps: int) -> list[Kind]:
@@ -53,9 +54,10 @@ class _Step(NamedTuple):
 
     theta: Theta  # at its start; leaves of autograd, those that depend on a as variables
     dtypes: dict[str, torch.dtype]  # of ∇θ there
-    g: dict[str, GradientEdge]  # the ends of the graph of ∇θ, whose values are used up; none under memory="recompute"
-    surroundings: Any  # at its start, under "recompute"
     kept: Kept | None  # what the adjoint of the update reads
+    # of each part:
+    g: list[dict[str, GradientEdge]]  # the ends of the graph of ∇θ, whose values are used up; none when recomputed
+    surroundings: list[Any]  # at its start, when recomputed
 
 
 @torch.no_grad()
@@ -65,57 +67,83 @@ def meta_gradient(
     outer: Outer,
     theta: Theta,
     state: list[Tensor],
-    a: Sequence[Sequence[Tensor]],
+    a: Sequence[Sequence[Sequence[Tensor]]],
     update: Update,
     memory: Memory,
-    surroundings: Surroundings | None = None,
-) -> tuple[Tensor, list[list[Tensor]]]:
+    surroundings: Sequence[Surroundings] = (),
+    shards: Shards = WHOLE,
+) -> tuple[Tensor, list[list[list[Tensor]]]]:
     """(L_meta, dL_meta/da), exact to second order through all steps; θ and the optimizer's state stay as they are.
 
-    a: of each batch, a [B, C_s] for each pair. Reverse over reverse: each step's gradient is a graph of its own from
-    its θ and a, and the update between two of them is stepped and swept by hand, in one pass over memory each. The
-    first step's θ is a constant, so that no Hessian product with respect to it is ever formed. With "save" the graphs
-    of all steps are kept, with "recompute" each is built once more when it is swept, in the `surroundings` that it had.
+    a: of each part here, of each batch, a [B, C_s] for each pair. Reverse over reverse: each step's gradient is a graph
+    of its own from its θ and a, and the update between two of them is stepped and swept by hand, in one pass over
+    memory each. The first step's θ is a constant, so that no Hessian product with respect to it is ever formed. With
+    "save" the graphs of all steps are kept, with "recompute", and where there are several micro-batches, each is built
+    once more when it is swept, in the `surroundings` (of each part) that it had. Of the parts of the joined batch
+    (`shards.py`) all ranks sum ∇θ, J^T ḡ and L_meta, and update on the sums; dL_meta/da is that of the parts here.
     """
     names = list(theta)
-    coefficients = [[a_p.detach().requires_grad_() for a_p in of_batch] for of_batch in a]
-    total: list[list[Tensor | None]] = [[None] * len(of_batch) for of_batch in a]
-    keep, around = memory == "save", None if memory == "save" else surroundings
+    coefficients = [[[a_p.detach().requires_grad_() for a_p in of_batch] for of_batch in part] for part in a]
+    total: list[list[list[Tensor | None]]] = [[[None] * len(of_batch) for of_batch in part] for part in a]
+    keep = memory == "save" and shards.count == 1
+    arounds = () if keep else surroundings
 
-    steps, theta = _unroll(kinds, gradient, theta, state, coefficients, update, keep, around)
-    with torch.enable_grad():
-        loss = outer(theta)
-    end = around.read() if around is not None else None
+    steps, theta = _unroll(kinds, gradient, theta, state, coefficients, update, keep, arounds, shards)
+    loss: Tensor | None = None
+    u: Part | None = None
+    end: list[Any] = []
+    for part in range(len(a)):
+        with torch.enable_grad():
+            of_part = outer(part, theta)
+        end = [around.read() for around in arounds]
+        ones = {"loss": torch.ones_like(of_part)}
+        u = shards.plus(u, _grad(_edges({"loss": of_part}), list(theta.values()), ones), list(theta.values()))
+        loss = of_part.detach() if loss is None else loss + of_part.detach()
+        del of_part
+    assert u is not None
+    assert loss is not None
     # u: cotangents of θ and of the optimizer's state where a step ends; both are overwritten as the sweep goes on.
-    ones = {"loss": torch.ones_like(loss)}
-    u_theta = _owned(_grad(_edges({"loss": loss}), list(theta.values()), ones), list(theta.values()))
+    *u, meta_loss = shards.over_ranks([*u, loss], [*theta.values(), loss])
+    u_theta = _owned(u, list(theta.values()))
     u_state: list[Tensor] | None = None
-    loss = loss.detach()
     while steps:
         step = steps.pop()
-        kind, theta, g = kinds[len(steps)], step.theta, step.g
-        of_batch, sums = coefficients[kind.batch], total[kind.batch]
+        kind, theta = kinds[len(steps)], step.theta
         dtypes = [step.dtypes.get(name) for name in names]
         cotangents, u_state = update.adjoint_(u_theta, u_state, dtypes, step.kept)
         g_bar = dict(zip(names, cotangents, strict=True))
-        if not keep:
-            if around is not None:
-                around.put_back(step.surroundings)
-            with torch.enable_grad():
-                g = _edges(gradient(kind, theta, of_batch))
-        v = _grad(g, [*of_batch, *theta.values()], g_bar)
-        total[kind.batch] = [_plus(x, y) for x, y in zip(sums, v[: len(sums)], strict=True)]
-        v_theta = [(u, x) for u, x in zip(u_theta, v[len(sums) :], strict=True) if x is not None]
+        of_theta: Part | None = None
+        for part in range(len(a)):
+            of_batch, sums = coefficients[part][kind.batch], total[part][kind.batch]
+            if keep:
+                g = step.g[part]
+            else:
+                for around in arounds[part : part + 1]:
+                    around.put_back(step.surroundings[part])
+                with torch.enable_grad():
+                    g = _edges(gradient(kind, part, theta, of_batch))
+            v = _grad(g, [*of_batch, *theta.values()], g_bar)
+            total[part][kind.batch] = [_plus(x, y) for x, y in zip(sums, v[: len(sums)], strict=True)]
+            of_theta = shards.plus(of_theta, v[len(sums) :], u_theta)
+            del g, v
+        assert of_theta is not None
+        if steps:  # the first step's θ is a constant
+            of_theta = shards.over_ranks(of_theta, u_theta)
+        v_theta = [(u, x) for u, x in zip(u_theta, of_theta, strict=True) if x is not None]
         if v_theta:
             torch._foreach_add_([u for u, _ in v_theta], [x for _, x in v_theta])
-        del step, g, v, v_theta  # before the next step's are made
-    if around is not None:
-        around.put_back(end)
+        del step, of_theta, v_theta  # before the next step's are made
+    for around, state in zip(arounds, end, strict=True):
+        around.put_back(state)
     grads_a = [
-        [torch.zeros_like(p) if x is None else x for p, x in zip(of_batch, sums, strict=True)]
-        for of_batch, sums in zip(a, total, strict=True)
+        [
+            [torch.zeros_like(p) if x is None else x for p, x in zip(of_batch, sums, strict=True)]
+            for of_batch, sums in zip(part, sums_of_part, strict=True)
+        ]
+        for part, sums_of_part in zip(a, total, strict=True)
     ]
-    return loss, grads_a
+    assert meta_loss is not None
+    return meta_loss, grads_a
 
 
 def _unroll(
@@ -123,27 +151,41 @@ def _unroll(
     gradient: StepGradient,
     theta: Theta,
     state: list[Tensor],
-    coefficients: Sequence[list[Tensor]],
+    coefficients: Sequence[Sequence[list[Tensor]]],
     update: Update,
     keep: bool,
-    around: Surroundings | None,
+    arounds: Sequence[Surroundings],
+    shards: Shards,
 ) -> tuple[list[_Step], Theta]:
     """(the steps, θ after them as leaves of autograd); the graphs of the steps are built, and kept if `keep`."""
     theta = {name: p.detach() for name, p in theta.items()}
     steps: list[_Step] = []
     reached: set[str] = set()  # parameters that depend on a by now; none in the first step
+    like = list(theta.values())
     for kind in kinds:
         start = {name: p.requires_grad_(name in reached) for name, p in theta.items()}
-        surroundings = around.read() if around is not None else None
-        with torch.enable_grad():
-            g = gradient(kind, start, coefficients[kind.batch])
-        found = {name for name, x in g.items() if x.requires_grad}
-        reached |= set(theta) if found and update.mixes else found
-        grads = [g.get(name) for name in theta]
-        moved, state, kept = update.step(list(theta.values()), state, grads)
-        dtypes = {name: x.dtype for name, x in g.items()}
-        steps.append(_Step(start, dtypes, _edges(g) if keep else {}, surroundings, kept))
-        del g, grads  # and with them, unless it is kept, the graph
+        edges: list[dict[str, GradientEdge]] = []
+        surroundings: list[Any] = []
+        dtypes: dict[str, torch.dtype] = {}
+        found: set[str] = set()
+        total: Part | None = None
+        for part, of_part in enumerate(coefficients):
+            surroundings.extend(around.read() for around in arounds[part : part + 1])
+            with torch.enable_grad():
+                g = gradient(kind, part, start, of_part[kind.batch])
+            dtypes.update((name, x.dtype) for name, x in g.items())
+            edges.append(_edges(g) if keep else {})
+            found.update(name for name, x in g.items() if x.requires_grad)
+            total = shards.plus(total, [g.get(name) for name in theta], like)
+            del g  # and with it, unless it is kept, the graph
+        assert total is not None
+        total = shards.over_ranks(total, like)
+        if shards.group is not None:  # other ranks' gradients may have reached what none here did
+            dtypes = {name: dtypes.get(name, p.dtype) for name, p in theta.items()}
+        reached |= set(theta) if shards.group is not None or (found and update.mixes) else found
+        moved, state, kept = update.step(list(theta.values()), state, total)
+        steps.append(_Step(start, dtypes, kept, edges, surroundings))
+        del total
         theta = dict(zip(theta, moved, strict=True))
     return steps, {name: p.requires_grad_(name in reached) for name, p in theta.items()}
 

@@ -115,12 +115,20 @@ def _tensors(given: Any, name: str) -> list[Tensor]:
     return list(found)
 
 
-def check_learner(learner: Any) -> None:
-    """Raises L2TError where it is none, or has nothing to train."""
+def trained_parameter(learner: Any, precision: Precision) -> Tensor:
+    """A parameter of the learner's target that is trained.
+
+    Raises:
+        L2TError: it is no learner, it has nothing to train, or parameters of another dtype than the precision needs.
+    """
     if not isinstance(learner, L2T):
         raise L2TError(f"an Engine needs an L2T, not {type(learner).__name__}: make one of your networks.")
-    if not any(p.requires_grad for p in learner.target.parameters()):
+    found = next((p for p in learner.target.parameters() if p.requires_grad), None)
+    if found is None:
         raise L2TError("the target has no parameter to train: set requires_grad of those that shall learn.")
+    if precision != "fp32" and found.dtype != torch.float32:
+        raise L2TError(f"precision='{precision}' needs float32 networks, not {found.dtype}: use 'fp32'.")
+    return found
 
 
 def check_batch(

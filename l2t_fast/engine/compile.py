@@ -118,6 +118,11 @@ def compiled_steps(
     )
 
 
+def shapes_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What steps are compiled for."""
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+
+
 SOURCES, OUTER = "source features", "meta loss"
 
 

@@ -16,7 +16,7 @@ from l2t_fast.engine import checks
 from l2t_fast.engine.alone import one_at_a_time
 from l2t_fast.engine.capture import CaptureError, Graphs
 from l2t_fast.engine.checks import Images
-from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, units_of
+from l2t_fast.engine.compile import Say, Steps, compiled_steps, plain_steps, shapes_of, units_of
 from l2t_fast.engine.inner_step import LossFunction, parameters
 from l2t_fast.engine.iteration import Iteration
 from l2t_fast.engine.loss import Loss, settings_of_loss
@@ -24,13 +24,16 @@ from l2t_fast.engine.memory import advice, within_memory
 from l2t_fast.engine.modes import Draws, check_capture, choose_mode
 from l2t_fast.engine.optimizer import EngineOptimizer
 from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible
-from l2t_fast.engine.state import Trained, check_fits
+from l2t_fast.engine.shards import Shards
+from l2t_fast.engine.state import Trained
 from l2t_fast.engine.trials import Trials
 from l2t_fast.engine.update import Rule, make_update
 from l2t_fast.errors import L2TError
+from l2t_fast.kernels.layers.sync_batch_norm import synchronised
 from l2t_fast.learner.attributes import settings_of
 from l2t_fast.learner.generators import Generators, device_drew, generators_kept, host_drew, read_generators
 from l2t_fast.learner.learner import L2T
+from l2t_fast.ranks import Group, together
 
 
 def say_on_stderr(text: str) -> None:
@@ -65,6 +68,11 @@ class Engine:
             parameters, and lay out convolutions as channels_last.
         memory: "save" keeps the activations of all simulated steps; "recompute" holds those of one step at a time,
             whatever T is, for one more forward and backward pass a step.
+        accumulate: K, micro-batches that each batch is divided into; their gradients are averaged inside the
+            simulation. It holds the activations of one at a time, as "recompute" does; BatchNorm sees one at a time.
+        group: a torch.distributed process group, on all of whose ranks the same engine is made and called: each `step`
+            gets this rank's part of the batch, and all do the iteration of the joined batch. All take rank 0's
+            parameters and buffers when the engine is made (docs/many-devices.md).
         loss: L_org, and of the held-out batch L_meta: any function of the target's outputs and the labels that gives a
             scalar and has a second derivative. It is tried on the first batch.
         optimizer: of θ, `SGD(...)` or `AdamW(...)` instead of momentum, weight_decay and nesterov.
@@ -80,7 +88,8 @@ class Engine:
 
     Raises:
         L2TError: a setting out of range, a mode or a precision that is not to be had here, a target without a trainable
-            parameter. UnfitError: a target that cannot be differentiated twice, where there are meta-parameters.
+            parameter, ranks that differ. UnfitError: a target that cannot be differentiated twice, where there are
+            meta-parameters.
     """
 
     @one_at_a_time
@@ -100,52 +109,43 @@ class Engine:
         mode: Mode = "auto",
         precision: Precision = "fp32",
         memory: Memory = "save",
+        accumulate: int = 1,
+        group: Group = None,
         loss: LossFunction = F.cross_entropy,
         optimizer: Rule | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         max_grad_norm: float | None = None,
         say: Say = say_on_stderr,
     ) -> None:
-        checks.check_settings(
-            {"scheme": scheme, "mode": mode, "precision": precision, "memory": memory},
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "meta_lr": meta_lr,
-                "meta_weight_decay": meta_weight_decay,
-                "beta": beta,
-                "inner_steps": inner_steps,
-                **({} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}),
-            },
-            nesterov,
-        )
-        checks.check_learner(learner)
-        parameter = next(p for p in learner.target.parameters() if p.requires_grad)
-        self._device = parameter.device
-        if precision != "fp32" and parameter.dtype != torch.float32:
-            raise L2TError(f"precision='{precision}' needs float32 networks, not {parameter.dtype}: use 'fp32'.")
+        words = {"scheme": scheme, "mode": mode, "precision": precision, "memory": memory}
+        numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "meta_lr": meta_lr, "beta": beta}
+        numbers |= {"meta_weight_decay": meta_weight_decay, "inner_steps": inner_steps, "accumulate": accumulate}
+        numbers |= {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
+        checks.check_settings(words, numbers, nesterov)
+        self._device = checks.trained_parameter(learner, precision).device
         self.mode, self.why = choose_mode(mode, self._device)
         if mode == "auto":
             say(f"l2t_fast: mode '{self.mode}', {self.why}\n")
         self.learner, self.beta, self.inner_steps = learner, beta, inner_steps
-        self.scheme, self.precision, self.memory = scheme, precision, memory
+        self.scheme, self.precision, self.memory, self.accumulate = scheme, precision, memory, accumulate
         self._auto, self._say = mode == "auto", say
         lay_out([*learner.sources, learner.target], precision)
         rule = checks.choose_rule(optimizer, momentum, weight_decay, nesterov)
         theta = parameters(learner)
         update = make_update(rule, lr, groups, max_grad_norm, theta)
+        self._shards = Shards(accumulate, group)
+        self._shards.join(learner, self.mode, {**numbers, "words": (scheme, precision), "update": update.described()})
         self.trained = Trained.of(learner, theta, update, meta_lr, meta_weight_decay)
         self.optimizer = EngineOptimizer(self, lr)
         self._meta_lr_value = float(meta_lr)
         self.loss, self._loss = loss, Loss.of(loss, learner.target_network.output_shape)
-        self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory, self._loss)
+        self._iteration = Iteration(learner, self.trained, scheme, inner_steps, memory, self._shards, self._loss)
         self._plain = plain_steps(learner, beta, loss=loss)
         self._compiled: tuple[tuple[Any, ...], Steps] | None = None  # for inputs of these shapes
         self._draws: Draws | None = None  # not looked at yet
         self._evaluation_said = self._sets_attributes = False
         self._labels_seen: set[torch.dtype] = set()
-        self._trials = Trials(learner, theta, loss, meta=bool(self.trained.phi))
+        self._trials = Trials(learner, theta, self._loss, meta=bool(self.trained.phi), whole=self._shards.whole)
         self._settings = self._settings_now()
         self._graphs = self._new_graphs()
         self.needs_val = scheme == "simulation" and bool(self.trained.phi)
@@ -153,7 +153,7 @@ class Engine:
     @property
     def smallest_batch(self) -> int:
         """Images that a batch must have."""
-        return checks.smallest_batch(self.learner.target)
+        return self._shards.count * checks.smallest_batch(self.learner.target)
 
     @property
     def lr(self) -> float:
@@ -202,7 +202,9 @@ class Engine:
                 the first steps, a model that cannot be compiled or captured. Whatever is raised, θ, φ, momentum and
                 buffers are as before.
         """
-        metrics = self._step(self._check(x, y, val))
+        with together(self._shards.group):
+            tensors = self._check(x, y, val)
+        metrics = self._step(tensors)
         self.optimizer.stepped()
         return metrics
 
@@ -232,7 +234,8 @@ class Engine:
         """
         if not self.trained.phi:
             return {}
-        tensors = self._ready(self._check(x, y, val))
+        with together(self._shards.group):
+            tensors = self._ready(self._check(x, y, val))
         if self.mode != "eager":
             self._drop_what_is_stale()
         with generators_kept(self._device), self._computing(tensors):
@@ -255,21 +258,12 @@ class Engine:
         Raises:
             L2TError: a state of another learner or of something else; nothing is changed then.
         """
-        groups = self.trained.groups(self.learner)
-        check_fits(state, groups, len(self.optimizer.param_groups))
-        if self.trained.adam is not None:
-            meta_lr, in_place = self.trained.load_adam(state["adam"])
-            if not in_place:
-                self._graphs = self._new_graphs()
+        meta_lr, in_place = self.trained.load(state, self.learner)
+        if not in_place:
+            self._graphs = self._new_graphs()
+        if meta_lr is not None:
             self.meta_lr = meta_lr
-        with torch.no_grad():
-            for group, tensors in groups.items():
-                for name, tensor in tensors.items():
-                    tensor.copy_(state[group][name])
-        rates = state["lr"] if isinstance(state["lr"], list) else [state["lr"]]
-        for options, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            options["lr"] = float(lr)
-        self.optimizer.take_over_rates()
+        self.optimizer.set_rates(state["lr"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -285,8 +279,10 @@ class Engine:
 
     @contextlib.contextmanager
     def _computing(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        group = self._shards.group
         explained = functools.partial(advice, self._iteration, self._plain, tensors, self._ready, self.precision)
-        with arithmetic(self.precision, self._device), self._trials.context(), within_memory(explained):
+        switched = arithmetic(self.precision, self._device)
+        with together(group), switched, self._trials.context(), within_memory(explained), synchronised(group):
             yield
 
     def _new_graphs(self) -> Graphs | None:
@@ -294,7 +290,8 @@ class Engine:
         return Graphs(self._iterate, self._device, self._may_be_captured) if captures else None
 
     def _may_be_captured(self) -> None:
-        check_capture([self.learner.target, *self.learner.sources], self._draws, self.memory)
+        memory: Memory = self.memory if self._shards.count == 1 else "recompute"
+        check_capture([self.learner.target, *self.learner.sources], self._draws, memory)
         if self._sets_attributes:
             raise L2TError("the target's forward pass sets attributes of its modules, which a replay would not")
 
@@ -328,10 +325,11 @@ class Engine:
             with reproducible(self._device):  # the networks are traced, and the graphs proved equal
                 steps = compiled_steps(self.learner, self.beta, units, self._say, self.loss)
             with generators_kept(self._device):
-                self._iteration.real_gradient(steps, self._iteration.matching(steps, ready).batches[0])
+                for part in self._iteration.matching(steps, ready):
+                    self._iteration.real_gradient(steps, part.batches[0])
                 if self.trained.phi:
                     self._simulate(steps, ready)
-            self._compiled = _shapes(tensors), steps
+            self._compiled = shapes_of(tensors), steps
         except L2TError as error:
             if not self._auto:
                 raise
@@ -345,7 +343,7 @@ class Engine:
 
     def _steps(self, tensors: Sequence[Tensor]) -> Steps:
         """Compiled ones for the shapes of the first step, plain ones for a smaller last batch."""
-        if self._compiled is not None and self._compiled[0] == _shapes(tensors):
+        if self._compiled is not None and self._compiled[0] == shapes_of(tensors):
             return self._compiled[1]
         return self._plain
 
@@ -360,8 +358,8 @@ class Engine:
     def _simulate(self, steps: Steps, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """(L_meta, dL_meta/dφ) from the present θ and momentum."""
         theta = {name: p.detach() for name, p in self.trained.theta.items()}
-        matched = self._iteration.matching(steps, tensors)
-        return self._iteration.meta_gradient(steps, matched, theta, self.trained.row(), draws=self._may_draw)
+        parts = self._iteration.matching(steps, tensors)
+        return self._iteration.meta_gradient(steps, parts, theta, self.trained.row(), draws=self._may_draw)
 
     @property
     def _may_draw(self) -> bool:
@@ -374,9 +372,10 @@ class Engine:
         batches = checks.batches_in_a_row(x, y, val, self.scheme, self.inner_steps, meta)
         smallest, like = self.smallest_batch, next(iter(self.trained.theta.values()))
         for images_, labels in batches:
-            checks.check_batch(
-                images_, labels, like, smallest, self.learner, self._loss, labels.dtype not in self._labels_seen
-            )
+            self._shards.check_batch(images_, smallest)
+            look = labels.dtype not in self._labels_seen
+            checks.check_batch(images_, labels, like, smallest, self.learner, self._loss, look)
+            self._shards.check_labels(labels, self._loss.ignored)
         self._labels_seen |= {labels.dtype for _, labels in batches}
         checks.check_target(self.learner, self.trained.theta)
         for source in self.learner.sources:
@@ -393,8 +392,6 @@ class Engine:
         return [tensor for batch in batches for tensor in batch]
 
 
-_FIXED = frozenset(("learner", "beta", "inner_steps", "scheme", "precision", "memory", "loss", "optimizer"))
-
-
-def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+_FIXED = frozenset(
+    ("learner", "beta", "inner_steps", "scheme", "precision", "memory", "accumulate", "loss", "optimizer")
+)

@@ -38,6 +38,7 @@ class StepInput(NamedTuple):
     source_of: list[int]  # of each pair
     a: list[Tensor]  # [B, C_s] of each pair
     kept: Sequence[list[Tensor]] = ()  # what each term keeps of the sources
+    weight: Tensor | None = None  # ω of a part of a batch (`shards.py`), a scalar; a has it already
 
 
 class Gradient(NamedTuple):
@@ -107,7 +108,8 @@ def gradient(
             pull = _PullBack(forward, of_target, heads, constant)
         outputs, auxiliary = pull.outputs, pull.auxiliary
     loss, logits, values, after = auxiliary
-    cotangents = [torch.ones_like(loss)] if task else []
+    weight = batch.weight
+    cotangents = [torch.ones_like(loss) if weight is None else weight.to(loss.dtype)] if task else []
     T = outputs[len(cotangents) :]
     E: list[Tensor] = []
     grads: Theta = {}

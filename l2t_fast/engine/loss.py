@@ -29,12 +29,13 @@ class Loss:
     """The function, and what is known of its labels.
 
     classes: it is a cross entropy; its labels are classes or probabilities of them, and accuracy means something.
-    ignored: the class that counts for nothing.
+    ignored: the class that counts for nothing. weighted: classes count for more or less.
     """
 
     function: LossFunction = F.cross_entropy
     classes: bool = True
     ignored: int | None = None
+    weighted: bool = False
 
     @classmethod
     def of(cls, function: Any, output_shape: tuple[int, ...]) -> "Loss":
@@ -53,7 +54,7 @@ class Loss:
         if classes and not output_shape:
             raise L2TError("the target returns [B], which has no classes: give the loss= that it learns by.")
         ignored = options.get("ignore_index", -100) if classes and function is not F.cross_entropy else None
-        return cls(function, classes, ignored)
+        return cls(function, classes, ignored, classes and options.get("weight") is not None)
 
     def accuracy(self, outputs: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         """The share of the labels that the outputs get right, a scalar; of soft labels, what they give to the guess."""
@@ -115,6 +116,24 @@ def try_loss(function: LossFunction, outputs: Tensor, y: Tensor, *, twice: bool 
     raise UnfitError(
         f"the loss cannot be differentiated twice ({reason}): compose it of operations that have second derivatives."
     ) from error
+
+
+@torch.no_grad()
+def check_mean(loss: Loss, outputs: Tensor, y: Tensor) -> None:
+    """Raises L2TError where the loss of a batch is not the mean of its parts' weighted by their images."""
+    outputs, y = (torch.cat([t, t]) if len(t) == 1 else t for t in (outputs, y))
+    part = len(y) // 2
+    sizes = [part, len(y) - part]
+    with undisturbed(loss.function if isinstance(loss.function, nn.Module) else nn.Module(), outputs.device):
+        whole = _value(loss.function, outputs, y)
+        parts = [_value(loss.function, *of) for of in zip(outputs.split(sizes), y.split(sizes), strict=True)]
+    mean = sum(value * size / len(y) for value, size in zip(parts, sizes, strict=True))
+    weighted = loss.weighted and not y.is_floating_point()  # which labels all of one class would not show
+    if weighted or not torch.allclose(whole, torch.as_tensor(mean), rtol=1e-4, atol=1e-6):
+        raise L2TError(
+            "the loss of a batch is not the mean over its images, as accumulate= and group= need it (class weights, "
+            "ignored labels and sums are not): reduce it by a mean over images, or give the whole batch."
+        )
 
 
 def _value(function: LossFunction, outputs: Tensor, y: Tensor) -> Tensor:

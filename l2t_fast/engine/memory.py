@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves
 from l2t_fast.choices import Precision
 from l2t_fast.engine.compile import Steps
 from l2t_fast.engine.iteration import Iteration
+from l2t_fast.engine.shards import Shards
 from l2t_fast.engine.surroundings import RealSurroundings
 from l2t_fast.errors import NoMemoryError, ran_out
 from l2t_fast.learner.generators import generators_kept
 
-_FEW, _MORE = 2, 4  # images of the trials that tell what one image takes
+_FEW, _MORE = 2, 4  # images (of each micro-batch) in the trials that tell what one image takes
 
 
 class Alive(TorchDispatchMode):
@@ -92,6 +93,8 @@ def advice(
         return ready([t[:count] for t in tensors])
 
     batch = len(tensors[0])
+    shards = Shards(iteration.shards.count)  # the other ranks take no part in the trials
+    iteration = dataclasses.replace(iteration, shards=shards)
     device = iteration.trained.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -103,7 +106,7 @@ def advice(
     ways = ["a smaller batch"]
     if now and 1 < (fits := int((free - now[0]) // max(now[1], 1.0))) < batch:
         ways = [f"batches of at most {fits}"]
-    if iteration.memory == "save" and iteration.trained.phi:
+    if iteration.memory == "save" and shards.whole and iteration.trained.phi:
         ways.append("memory 'recompute'" + (f" (about {_shown(_at(least, batch))})" if least else ""))
     if precision != "bf16" and device.type == "cuda":
         ways.append("precision 'bf16'")
@@ -115,15 +118,16 @@ def _affine(
     iteration: Iteration, steps: Steps, some: Callable[[int], Sequence[Tensor]], batch: int
 ) -> tuple[float, float] | None:
     """(bytes of an iteration, more bytes for each image), by trials on few images; None where they fail as well."""
+    fewest, most = (n * iteration.shards.count for n in (_FEW, _MORE))
     try:
-        few, more = (_peak(iteration, steps, some(min(n, batch))) for n in (_FEW, _MORE))
+        few, more = (_peak(iteration, steps, some(min(n, batch))) for n in (fewest, most))
     except Exception as error:  # whatever a trial raises, it is the first error that counts
         traceback.clear_frames(error.__traceback__)
         return None
-    if batch < _MORE:
+    if batch < most:
         return 0.0, more / batch
-    each = max(0.0, (more - few) / (_MORE - _FEW))
-    return max(0.0, few - _FEW * each), each
+    each = max(0.0, (more - few) / (most - fewest))
+    return max(0.0, few - fewest * each), each
 
 
 def _at(affine: tuple[float, float], batch: int) -> float:
@@ -142,11 +146,11 @@ def _peak(iteration: Iteration, steps: Steps, tensors: Sequence[Tensor]) -> int:
     watched = Alive()
     try:
         with generators_kept(device), watched if device.type != "cuda" else contextlib.nullcontext():
-            matched = iteration.matching(steps, tensors)
+            parts = iteration.matching(steps, tensors)
             if trained.phi:
-                iteration.meta_gradient(steps, matched, theta, trained.row(), draws=True)
+                iteration.meta_gradient(steps, parts, theta, trained.row(), draws=True)
             else:
-                iteration.real_gradient(steps, matched.batches[0])
+                iteration.real_gradient(steps, parts[0].batches[0])
     finally:
         around.put_back()
     beside = sum(p.numel() * p.element_size() for p in [*theta.values(), *trained.row()])  # both after the real step

@@ -81,6 +81,12 @@ class EngineOptimizer(torch.optim.Optimizer):
                 group.lr.fill_(now)
         self._taken = rates
 
+    def set_rates(self, rates: float | list[float]) -> None:
+        """The learning rate of each group; of the only one as a number."""
+        for options, lr in zip(self.param_groups, rates if isinstance(rates, list) else [rates], strict=True):
+            options["lr"] = float(lr)
+        self.take_over_rates()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only when the engine is made."""
         if self._engine is not None:

@@ -88,6 +88,21 @@ class Trained:
             group["lr"] = meta_lr
         return state
 
+    def load(self, state: Any, learner: L2T) -> tuple[float | None, bool]:
+        """Puts back all but θ's learning rates: (that of φ's Adam, whether its moments are where they were before).
+
+        Raises:
+            L2TError: a state of another learner or of something else; nothing is changed then.
+        """
+        groups = self.groups(learner)
+        check_fits(state, groups, len(self.update.groups))
+        meta_lr, in_place = (None, True) if self.adam is None else self.load_adam(state["adam"])
+        with torch.no_grad():
+            for group, tensors in groups.items():
+                for name, tensor in tensors.items():
+                    tensor.copy_(state[group][name])
+        return meta_lr, in_place
+
     def load_adam(self, state: Any) -> tuple[float, bool]:
         """Puts Adam's state back; (its learning rate, whether all moments are where they were before).
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2t_fast.engine.inner_step import LossFunction, Theta
-from l2t_fast.engine.loss import try_loss
+from l2t_fast.engine.inner_step import Theta
+from l2t_fast.engine.loss import Loss, check_mean, try_loss
 from l2t_fast.engine.precision import arithmetic, reproducible
 from l2t_fast.engine.second_order import SecondOrder, examine
 from l2t_fast.learner.generators import generators_kept
@@ -21,11 +21,11 @@ from l2t_fast.learner.undisturbed import undisturbed
 class Trials:
     """What the trials of an engine found; that of the target is made again where its modes have changed since.
 
-    theta: its parameters. meta: whether steps will be differentiated.
+    theta: its parameters. meta: whether steps will be differentiated. whole: whether batches are not divided.
     """
 
-    def __init__(self, learner: L2T, theta: Theta, loss: LossFunction, *, meta: bool) -> None:
-        self._learner, self._theta, self._function, self._meta = learner, theta, loss, meta
+    def __init__(self, learner: L2T, theta: Theta, loss: Loss, *, meta: bool, whole: bool = True) -> None:
+        self._learner, self._theta, self._loss, self._meta, self._whole = learner, theta, loss, meta, whole
         self._modes, self._target = self._modes_now(), try_target(learner, theta, meta=meta)
         self._losses: dict[tuple[torch.dtype, int], SecondOrder] = {}  # of each kind of labels
 
@@ -37,17 +37,30 @@ class Trials:
         """
         if (modes := self._modes_now()) != self._modes:  # which another forward pass may come from
             self._target, self._modes = try_target(self._learner, self._theta, meta=self._meta), modes
-        for x, y in batches if self._function is not F.cross_entropy else ():
+        for x, y in batches if self._loss.function is not F.cross_entropy else ():
             if (kind := (y.dtype, y.dim())) not in self._losses:
                 device = next(iter(self._theta.values())).device
                 with arithmetic("fp32", device), SecondOrder().context():
-                    found = try_loss_on(self._learner, self._function, x.to(device), y.to(device), meta=self._meta)
-                self._losses[kind] = found
+                    self._losses[kind] = self._try_loss_on(x.to(device), y.to(device))
 
     def context(self) -> AbstractContextManager[None]:
         """For forward passes."""
         ways = [self._target, *self._losses.values()]
         return SecondOrder(replace=any(way.replace for way in ways)).context()
+
+    def _try_loss_on(self, x: Tensor, y: Tensor) -> SecondOrder:
+        """How the loss runs, so that it can be differentiated twice if somebody will, on the outputs of a batch.
+
+        Raises:
+            L2TError: see `try_loss`; and `check_mean`, where batches are divided.
+        """
+        with torch.enable_grad(), undisturbed(self._learner.target, x.device):
+            outputs = self._learner.target_network.run(x, simulated=True).logits
+        assert outputs is not None
+        found = try_loss(self._loss.function, outputs, y, twice=self._meta)
+        if not self._whole:
+            check_mean(self._loss, outputs, y)
+        return found
 
     def _modes_now(self) -> list[bool]:
         return [module.training for module in self._learner.target.modules()]
@@ -70,15 +83,3 @@ def try_target(learner: L2T, theta: Theta, *, meta: bool) -> SecondOrder:
     stand_ins = {name: p.detach().requires_grad_() for name, p in network.parameters.items() if p.requires_grad}
     with sweeping():  # hooks may have consequences of their own
         return examine(learner.target, lambda: network.run(x, stand_ins), list(stand_ins.values()))
-
-
-def try_loss_on(learner: L2T, function: LossFunction, x: Tensor, y: Tensor, *, meta: bool) -> SecondOrder:
-    """How a loss runs, so that it can be differentiated twice if somebody will (`meta`), on the outputs of a batch.
-
-    Raises:
-        L2TError: see `try_loss`.
-    """
-    with torch.enable_grad(), undisturbed(learner.target, x.device):
-        outputs = learner.target_network.run(x, simulated=True).logits
-    assert outputs is not None
-    return try_loss(function, outputs, y, twice=meta)

@@ -53,6 +53,10 @@ class Update:
         """Of the first group."""
         return self.groups[0].rule
 
+    def described(self) -> tuple[Any, ...]:
+        """What it is made of, to be compared."""
+        return self.max_norm, [(group.members, group.lr.item(), group.rule) for group in self.groups]
+
     def start(self, theta: Theta) -> dict[str, Theta]:
         """The state at the beginning, by the names that torch gives its parts."""
         parts = ("momentum",) if isinstance(self.rule, SGD) else ("exp_avg", "exp_avg_sq")

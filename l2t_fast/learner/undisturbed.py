@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from l2t_fast.kernels.layers.sync_batch_norm import by_itself
 from l2t_fast.learner.attributes import apart, read_attributes, read_hooks, set_attributes
 from l2t_fast.learner.generators import generators_kept
 
@@ -22,7 +23,7 @@ def undisturbed(network: nn.Module, device: torch.device) -> Iterator[None]:
     held = [(t, t.data, t.detach().clone()) for t in tensors]
     try:
         set_attributes(apart(attributes))
-        with modes_kept(network), generators_kept(device):
+        with modes_kept(network), generators_kept(device), by_itself(network):
             yield
     finally:
         set_attributes(attributes)

@@ -17,6 +17,7 @@ from l2t_fast.methods import find_method
 from l2t_fast.networks.architectures import VGG9_SIDE, build_model
 from l2t_fast.networks.libraries import is_file, ready_made
 from l2t_fast.networks.weights import checkpoint_classes, load_weights
+from l2t_fast.ranks import Group, current
 from l2t_fast.runs.device import why_no_gpu
 from l2t_fast.settings.options import EngineOptions, TrainConfig
 
@@ -160,21 +161,22 @@ def method_config(config: TrainConfig, name: str) -> TrainConfig:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **options))
 
 
-def make_engine(config: TrainConfig, learner: L2T, say: Say) -> Engine:
-    """The engine that the settings ask for."""
+def make_engine(config: TrainConfig, learner: L2T, say: Say, group: Group = None) -> Engine:
+    """The engine that the settings ask for, on the ranks of a group."""
     options = {f.name: getattr(config.optim, f.name) for f in dataclasses.fields(EngineOptions)}
-    return Engine(learner, **options, say=say)
+    return Engine(learner, **options, say=say, group=group)
 
 
 def check_data(engine: Engine, config: TrainConfig, data: Data) -> None:
     """Raises L2TError where the images do not make batches."""
-    batch_size = config.optim.batch_size or 0
-    if min(batch_size, len(data.train)) < engine.smallest_batch:
+    batch_size, count = config.optim.batch_size or 0, current().count
+    parts = count * engine.accumulate
+    if min(batch_size, len(data.train)) < (smallest := count * engine.smallest_batch):
+        whose = "BatchNorm needs" if parts == 1 else f"{count} ranks with {engine.accumulate} micro-batches each need"
         raise L2TError(
-            f"batches of {min(batch_size, len(data.train))} are too small: BatchNorm needs {engine.smallest_batch} "
-            "images or more."
+            f"batches of {min(batch_size, len(data.train))} are too small: {whose} {smallest} images or more."
         )
-    if engine.needs_val and data.val.num_batches(batch_size) == 0:
+    if engine.needs_val and data.val.num_batches(batch_size, parts) == 0:
         raise L2TError("--scheme simulation measures L_meta on validation images, but there are none: hold some out.")
 
 

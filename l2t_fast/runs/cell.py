@@ -19,6 +19,7 @@ from l2t_fast.data.splits import Data
 from l2t_fast.engine.memory import within_memory
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
+from l2t_fast.ranks import current
 from l2t_fast.reports.pictures import weights as plots
 from l2t_fast.runs.build import build_sources, make_engine, make_learner, method_config, plain_learner, source_data
 from l2t_fast.runs.made import cell_settings, inputs, layers, shared_settings
@@ -52,7 +53,7 @@ def train_source(folder: Path, config: TrainConfig, s: int, device: torch.device
     learner = plain_learner(network, data, device)
     what = {"part": title, **shared_settings(config)}
     _fit(folder, title, config, s, epochs, network, learner, data, watch, what)
-    save_weights(folder / "source.pt", network, data.num_classes)
+    current().first(lambda: save_weights(folder / "source.pt", network, data.num_classes))
 
 
 def train_cell(
@@ -72,20 +73,31 @@ def train_cell(
     """
     config = method_config(config, name)
     target, learner, _ = make_learner(config, name, seed, sources, data, device, watch.preparing)
-    if not (folder / "result.json").exists():
+    first = current().first
+    if not first(lambda: (folder / "result.json").exists()):
         title, epochs = f"{name}, seed {seed}", config.optim.epochs or 0
         what = made_with(config, name)
-        if len(learner.what) or len(learner.where):
-            save_text(folder / "pairs.json", json.dumps(_named_pairs(learner)) + "\n")
+        learns = bool(len(learner.what) or len(learner.where))
+        if learns:
+            first(lambda: save_text(folder / "pairs.json", json.dumps(_named_pairs(learner)) + "\n"))
         with within_memory(lambda: _OUTSIDE):
             of_all = {**what, **layers(learner)}
             result = _fit(folder, title, config, seed, epochs, target, learner, data, watch, of_all, callbacks)
-        if len(learner.what) or len(learner.where):
-            _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
-        save_text(folder / "result.json", json.dumps({**result, "made": {**what, "seed": str(seed)}}, indent=2) + "\n")
-    for form in not_exported(folder, config):
-        target.load_state_dict(cell_weights(folder))
-        export(target, folder / FILES[form], torch.zeros(2, *data.image_shape))
+
+        def write() -> None:
+            if learns:
+                _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
+            made = {**what, "seed": str(seed)}
+            save_text(folder / "result.json", json.dumps({**result, "made": made}, indent=2) + "\n")
+
+        first(write)
+
+    def write_exports() -> None:
+        for form in not_exported(folder, config):
+            target.load_state_dict(cell_weights(folder))
+            export(target, folder / FILES[form], torch.zeros(2, *data.image_shape))
+
+    first(write_exports)
 
 
 def not_exported(folder: Path, config: TrainConfig) -> list[Export]:
@@ -127,12 +139,13 @@ def _fit(
     assert optim.batch_size is not None
     device = next(network.parameters()).device
     parts = {part: getattr(data, part).to(device) for part in ("train", "val", "test")}
+    ranks = current()
     schedule = Schedule(epochs, optim.batch_size, optim.lr, seed)
     watch.preparing("examining the networks")
-    engine = make_engine(config, learner, watch.say)
+    engine = make_engine(config, learner, watch.say, ranks.group)
     made = {**what, "seed": str(seed), **inputs(learner.sources, data)}
     told = [*callbacks, *(_TRACKERS[name]() for name in config.log)]
-    watch.begins(data.train.num_batches(optim.batch_size))
+    watch.begins(data.train.num_batches(optim.batch_size, ranks.count * optim.accumulate))
     size = "x".join(map(str, data.image_shape[1:]))
     watch.preparing(f"first step, on {min(optim.batch_size, len(data.train))} images of {size}")
     result = fit(folder, engine, network, dataclasses.replace(data, **parts), schedule, watch, made, told, title)

@@ -9,9 +9,10 @@ from rich.console import Console
 from l2t_fast.data.splits import load_data
 from l2t_fast.files import save_weights
 from l2t_fast.networks.architectures import build_model
+from l2t_fast.ranks import joined
 from l2t_fast.runs.cell import cell_weights
 from l2t_fast.runs.lock import alone
-from l2t_fast.runs.run import open_run, train
+from l2t_fast.runs.run import opened, train
 from l2t_fast.settings.defaults import check_flag, file_name, resolve
 from l2t_fast.settings.options import PretrainConfig, SourceConfig, TargetConfig, TrainConfig
 
@@ -51,8 +52,14 @@ def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = 
         filled = resolve(dataclasses.replace(asked, target=target, seeds=asked.seeds or (0,)))
         return dataclasses.replace(filled, data=asked.data, source=SourceConfig())
 
-    folder, made = open_run(asked, complete, _FLAGS, given)
-    train(folder, made, console, config.resume)
+    with joined(config.device) as ranks:
+        folder, made, resume = opened(asked, complete, _FLAGS, given)
+        train(folder, made, console if ranks.leads else Console(quiet=True), resume)
+        return ranks.first(lambda: _checkpoint(folder, made, console))
+
+
+def _checkpoint(folder: Path, made: TrainConfig, console: Console) -> Path:
+    """Writes the checkpoint, and says how it is used."""
     target, (seed,) = made.target, made.seeds or (0,)
     assert target.target is not None
     assert target.target_width is not None

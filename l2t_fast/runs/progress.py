@@ -15,7 +15,8 @@ from rich.text import Text
 from torch import Tensor
 
 from l2t_fast.errors import Interrupted
-from l2t_fast.signals import STOPS, note
+from l2t_fast.ranks import current, launched
+from l2t_fast.signals import STOPS, exit_code, note
 from l2t_fast.training.watch import Watch
 
 _LINE_EVERY = 5.0  # seconds between two lines where there is no terminal
@@ -155,7 +156,12 @@ class TrainingWatch:
         self._display.bars.remove_task(self._task)
 
     def stop_asked(self) -> bool:
-        return self._stop.asked
+        """Whether one of the ranks was asked; all find it at the same time."""
+        if current().count == 1:
+            return self._stop.asked
+        if number := current().most(exit_code() if self._stop.asked else 0):
+            note(number - 128)
+        return number > 0
 
     def _show(self, state: str, advance: int = 0) -> None:
         self._state = state
@@ -203,6 +209,8 @@ class StopSignal:
             if os.getpid() != process:  # a worker that reads images, which the main process will end
                 return
             if self.asked:
+                if launched():  # who sends it to all processes sends it to torchrun, which sends it on
+                    return
                 raise KeyboardInterrupt
             self.asked = True
             note(number)

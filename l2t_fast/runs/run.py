@@ -6,6 +6,7 @@ runs/NAME/config.json                       the settings, all of them
           table.md, table.csv, ...          what came out
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from l2t_fast.errors import L2TError, MachineError
 from l2t_fast.files import check_there, make_folder
+from l2t_fast.ranks import current, joined, started_again
 from l2t_fast.reports.column import Problems, read_column
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs.build import find_device
@@ -34,7 +36,7 @@ from l2t_fast.settings.stored import check_same, load_config, save_config, updat
 
 
 def run(config: TrainConfig, console: Console, given: Collection[str] = (), callbacks: Sequence[object] = ()) -> Path:
-    """Trains what `config` asks for and returns the folder of the run.
+    """Trains what `config` asks for, on all ranks that torchrun has started, and returns the folder of the run.
 
     Args:
         callbacks: are told of the training of each cell: `training.watch.Callback`s, or loggers as Lightning has them.
@@ -45,9 +47,29 @@ def run(config: TrainConfig, console: Console, given: Collection[str] = (), call
         Interrupted: stopped by the user, with everything saved.
         L2TError: bad settings, missing data, a folder that exists already, a training that diverged.
     """
-    folder, made = open_run(config, resolve, given=given)
-    train(folder, made, console, config.resume, callbacks)
-    return folder
+    with joined(config.device) as ranks:
+        folder, made, resume = opened(config, resolve, given=given)
+        train(folder, made, console if ranks.leads else Console(quiet=True), resume, callbacks)
+        return folder
+
+
+def opened(
+    config: TrainConfig,
+    complete: Callable[[TrainConfig], TrainConfig],
+    flags: Mapping[str, str] | None = None,
+    given: Collection[str] = (),
+) -> tuple[Path, TrainConfig, bool]:
+    """What `open_run` gives, on all ranks, and whether the run goes on: as it does where torchrun begins it again."""
+
+    def on_first() -> tuple[Path, TrainConfig, bool]:
+        asked = config
+        if config.name is not None and started_again() and begun(config.runs / config.name):
+            asked = dataclasses.replace(config, resume=True)
+        return *open_run(asked, complete, flags, given), asked.resume
+
+    if config.name is None and current().count > 1:
+        raise L2TError("several processes train one run: give it a --name, by which it goes on when one of them fails.")
+    return current().first(on_first)
 
 
 def open_run(
@@ -104,13 +126,21 @@ def train(folder: Path, config: TrainConfig, console: Console, resume: bool, cal
     Raises:
         L2TError: as `run`; another process works in the folder.
     """
-    device = find_device(config.device)
-    for error in preflight(config, device, console).values():
+    device, ranks = find_device(config.device), current()
+    for error in ranks.first(lambda: preflight(config, device, console)).values():
         raise error
-    make_folder(folder)
-    with alone(folder):
-        if not resume:
-            _check_new(folder)  # another command may have begun it, and ended, since `open_run` looked
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            make_folder(folder)
+            held.enter_context(alone(folder))
+            if not resume:
+                _check_new(folder)  # another command may have begun it, and ended, since `open_run` looked
+            save_config(config, folder / "config.json")
+            note_machine(folder, device)
+            list_skipped(folder, config)
+
+        ranks.first(hold)
         _train(folder, config, device, console, callbacks)
 
 
@@ -118,9 +148,6 @@ def _train(
     folder: Path, config: TrainConfig, device: torch.device, console: Console, callbacks: Sequence[object]
 ) -> None:
     methods = config.method or ()
-    save_config(config, folder / "config.json")
-    note_machine(folder, device)
-    list_skipped(folder, config)
     console.print(Text.assemble("folder of the run: ", (str(folder), "bold")), soft_wrap=True)
     sources, cells = column_tasks(folder, folder, config, methods, device)
     with Display(console) as display, StopSignal().listening(console) as stop:
@@ -130,19 +157,25 @@ def _train(
                 source.run(make_watch)
         found = [(cell, _failure(cell, make_watch, stop, callbacks)) for cell in cells]
     failed = [(cell, why) for cell, why in found if why is not None]
+    if current().leads:
+        _report(folder, config, console, failed)
+    if failed:
+        (cell, why), more = failed[0], len(failed) - 1
+        others = f" ({more} more failed: the table says why)" if more else ""
+        raise L2TError(f"{cell.method}, seed {cell.seed}: {why}{others}")
+
+
+def _report(folder: Path, config: TrainConfig, console: Console, failed: Sequence[tuple[CellTask, str]]) -> None:
+    """The table and the pictures."""
     check_there(folder / "config.json")
     problems: Problems = {}
     for cell, why in failed:
         problems.setdefault(cell.method, {})[str(cell.seed)] = why
     write_problems(folder, config, problems)
     column = read_column(folder, config, problems)
-    for table in write_tables(folder, column.title, [column], methods):
+    for table in write_tables(folder, column.title, [column], config.method or ()):
         console.print(table)
     console.print(f"table, curves and pictures are in {folder}", highlight=False, soft_wrap=True, markup=False)
-    if failed:
-        (cell, why), more = failed[0], len(failed) - 1
-        others = f" ({more} more failed: the table says why)" if more else ""
-        raise L2TError(f"{cell.method}, seed {cell.seed}: {why}{others}")
 
 
 def _failure(cell: CellTask, make_watch: MakeWatch, stop: StopSignal, callbacks: Sequence[object]) -> str | None:
@@ -153,5 +186,7 @@ def _failure(cell: CellTask, make_watch: MakeWatch, stop: StopSignal, callbacks:
     except MachineError:
         raise
     except L2TError as error:
+        if current().count > 1:  # others may not have failed
+            raise
         return str(error)
     return None

@@ -21,6 +21,7 @@ from rich.text import Text
 from l2t_fast.errors import Interrupted, L2TError
 from l2t_fast.files import check_there, writing
 from l2t_fast.methods import find_method
+from l2t_fast.ranks import refuse
 from l2t_fast.reports.column import Problems, read_table
 from l2t_fast.reports.table import write_tables
 from l2t_fast.runs import workers
@@ -55,6 +56,7 @@ def run(config: TableConfig, console: Console) -> bool:
         L2TError: bad settings, missing data, a folder of something else or in use, a source that cannot be trained; a
             launcher that cannot be had.
     """
+    refuse("table")
     for flag in ("jobs", "threads", "replicas", "gpus-per-cell"):
         if (value := getattr(config, flag.replace("-", "_"))) is not None:
             check_flag(flag, value)

@@ -12,6 +12,7 @@ from torch import Tensor
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import Data, load_data
 from l2t_fast.errors import Interrupted, L2TError
+from l2t_fast.ranks import current
 from l2t_fast.reports.column import read_result
 from l2t_fast.runs.build import build_sources, find_device, source_folders
 from l2t_fast.runs.cell import made_with, not_exported, train_cell, train_source
@@ -43,7 +44,7 @@ class SourceTask:
         return self.folder.parent / "config.json"
 
     def run(self, make_watch: MakeWatch) -> str:
-        if not self.done:
+        if not current().first(lambda: self.done):
             train_source(self.folder, self.config, self.index, find_device(self.device), make_watch)
         return "trained"
 
@@ -72,7 +73,7 @@ class CellTask:
         return self.folder.parent.parent / "config.json"
 
     def run(self, make_watch: MakeWatch, callbacks: Sequence[object] = ()) -> str:
-        if not self.done or not_exported(self.folder, self.config):
+        if current().first(lambda: not self.done or bool(not_exported(self.folder, self.config))):
             watch = make_watch(f"{self.method}, seed {self.seed}", self.config.optim.epochs or 0, 0)
             watch.preparing("reading the images")
             data = _data(self.config.data, self.seed)
@@ -80,7 +81,7 @@ class CellTask:
             device = find_device(self.device)
             train_cell(self.folder, self.config, self.method, self.seed, networks, data, device, watch, callbacks)
         path = self.folder / "result.json"
-        result = read_result(path)
+        result = current().first(lambda: read_result(path))
         check_made(str(path), result.get("made", {}), {**made_with(self.config, self.method), "seed": str(self.seed)})
         return f"test {result['test_accuracy_last']:.1%} after {result['seconds']:.0f} s"
 

@@ -78,6 +78,8 @@ class EngineOptions:
     """arithmetic of the networks: fp32, tf32 on tensor cores, or bf16 with parameters in fp32"""
     memory: Memory = "save"
     """keep the activations of all simulated steps, or recompute them"""
+    accumulate: int = 1
+    """K: divide each batch into K micro-batches, and hold the activations of one at a time"""
 
 
 @dataclass(frozen=True, kw_only=True)

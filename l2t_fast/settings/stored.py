@@ -14,7 +14,7 @@ from l2t_fast.settings.defaults import check, check_flag, check_name
 from l2t_fast.settings.options import TableConfig, TrainConfig
 
 # What may have changed when a run goes on: where the data lie, what computes, who is told; and how it is called.
-ANEW = ("device", "mode", "memory", "data_root", "workers", "download", "export", "log")
+ANEW = ("device", "mode", "memory", "accumulate", "data_root", "workers", "download", "export", "log")
 FREE = (*ANEW, "name", "runs", "resume", "quiet")
 
 

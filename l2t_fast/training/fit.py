@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2t_fast.data.images import ImageSet
+from l2t_fast.data.images import ImageSet, Part
 from l2t_fast.data.splits import Data
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import DamagedFileError, Interrupted, L2TError, ReadError
 from l2t_fast.files import check_room, keep_as, load_checkpoint, make_folder, save_checkpoint
 from l2t_fast.learner.undisturbed import modes_kept
+from l2t_fast.ranks import ALONE, Ranks, current
 from l2t_fast.training.learned import pair_names
 from l2t_fast.training.log import Log
-from l2t_fast.training.state import State, check_finite, checkpoint_content, restore, size_of
+from l2t_fast.training.state import State, begin_random, check_finite, checkpoint_content, restore, size_of
 from l2t_fast.training.trackers import Together
 from l2t_fast.training.watch import Training, Watch
 
@@ -61,35 +62,41 @@ def fit(
     last.pt is damaged, and says so. `made` says what the training is made of: a checkpoint of another one is refused.
     `callbacks` are told of it under this `title`: each a `training.watch.Callback`, or a logger as Lightning has them.
 
+    On several ranks (`ranks.current`) all call it, each takes its part of every batch, and rank 0 alone writes.
+
     Raises:
         Interrupted: `watch.stop_asked()`; all is saved.
-        ReadError: images cannot be read; all is saved.
+        ReadError: images cannot be read; all is saved, but on several ranks, which go on from the last checkpoint.
         L2TError: a loss, a parameter or a buffer is not finite (says where; the last good checkpoint stays), a
             damaged or foreign checkpoint, too few images for a batch.
         MachineError: there is no room for the checkpoints; or the disk is full later: what was saved before stays, and
             the training goes on from there.
     """
-    make_folder(folder)
-    batches = data.train.num_batches(schedule.batch_size)
+    ranks = current()
+    ranks.first(lambda: make_folder(folder))
+    part = Part(ranks.rank, ranks.count, ranks.count * engine.accumulate)
+    batches = data.train.num_batches(schedule.batch_size, part.parts)
     if batches == 0:
         raise L2TError(f"{len(data.train)} training images are too few: BatchNorm needs batches of two or more.")
     last, before = folder / "last.pt", folder / "before.pt"
-    made = made or {}
-    check_room(folder, 3 * size_of(engine))  # last.pt and before.pt, and the next one or best.pt
-    state = _restored(last, before, engine, made, watch)
+    made = {**(made or {}), "parts of a batch": str(part.parts)}
+    ranks.first(lambda: check_room(folder, 3 * size_of(engine)))  # last.pt and before.pt, and the next one or best.pt
+    begin_random(ranks)
+    state = _restored(last, before, engine, made, watch, ranks)
     if state.epoch > schedule.epochs or state.iteration > batches:
         raise L2TError(f"checkpoint {last} is of a longer training: put back its settings, or give another --name.")
     if state.epoch or state.iteration:
         watch.resumed(state.epoch, state.iteration)
-    told = Together(callbacks)
+    told = Together(callbacks if ranks.leads else ())
 
     def tell(row: dict[str, Any]) -> None:
         metrics = dict(row)
         told.on_iteration(engine, metrics.pop("epoch"), metrics.pop("iteration"), metrics)
 
-    log = Log(folder / "metrics.jsonl", (state.epoch, state.iteration), last, engine.learner.pairs, tell)
-    names, place = pair_names(engine.learner), (state.epoch, state.iteration)
-    told.on_start(Training(title, folder, engine, names, data, schedule.epochs, batches, *place, made))
+    at = state.epoch, state.iteration
+    logs = [Log(folder / "metrics.jsonl", at, last, engine.learner.pairs, tell)] if ranks.leads else []
+    names = pair_names(engine.learner)
+    told.on_start(Training(title, folder, engine, names, data, schedule.epochs, batches, *at, made))
 
     best: dict[str, Tensor] = {}  # weights that are not in best.pt yet
     saved = -math.inf
@@ -97,42 +104,52 @@ def fit(
     def save() -> None:
         nonlocal saved
         check_finite(engine, state, last)
-        if best:
-            save_checkpoint(folder / "best.pt", {"weights": best, "epoch": state.best_epoch})
-            best.clear()
-        keep_as(last, before)
-        save_checkpoint(last, checkpoint_content(engine, state, made))
+        content = checkpoint_content(engine, state, made, ranks)
+
+        def write() -> None:
+            if best:
+                save_checkpoint(folder / "best.pt", {"weights": best, "epoch": state.best_epoch})
+            keep_as(last, before)
+            save_checkpoint(last, content)
+
+        ranks.first(write)
+        best.clear()
         saved = perf_counter()
 
     start = perf_counter() - state.seconds
     try:
         while state.epoch < schedule.epochs:
             engine.lr = schedule.lr_at(state.epoch)
-            for x, y, val in _inputs(engine, data, schedule, state):
+            for x, y, val in _inputs(engine, data, schedule, state, part):
                 metrics = engine.step(x, y, val)
-                log.add(state.epoch, state.iteration, metrics, engine.lr)
+                for log in logs:
+                    log.add(state.epoch, state.iteration, metrics, engine.lr)
                 state.iteration += 1
                 state.seconds = perf_counter() - start
                 watch.iteration(state.epoch, metrics)
                 if watch.stop_asked():
                     raise Interrupted
-            row = log.summary(state.epoch)
+            row = ranks.first(lambda: logs[0].summary(state.epoch))
             if len(data.val):
                 watch.evaluating("validation")
-                row["val_accuracy"] = evaluate(network, data.val, watch.stop_asked)
+                row["val_accuracy"] = evaluate(network, data.val, watch.stop_asked, ranks)
                 if row["val_accuracy"] > state.best_accuracy:
                     check_finite(engine, state, last)
                     state.best_accuracy, state.best_epoch = row["val_accuracy"], state.epoch
                     best.update(_weights(network))
             state.epoch, state.iteration = state.epoch + 1, 0
-            log.write(row)  # first: a line without its checkpoint is dropped on resuming, the reverse would be missed
+            for log in logs:  # first: a line without its checkpoint is dropped on resuming, the reverse would be missed
+                log.write(row)
             told.on_epoch(row)
-            if perf_counter() - saved >= _SAVE_EVERY or state.epoch == schedule.epochs:
+            if ranks.first(lambda: perf_counter() - saved) >= _SAVE_EVERY or state.epoch == schedule.epochs:
                 save()
             watch.epoch(row)
-        result = _test(folder, network, data, state, watch)
+        result = _test(folder, network, data, state, watch, ranks)
     except (Interrupted, ReadError) as stopped:
-        log.flush()
+        for log in logs:
+            log.flush()
+        if isinstance(stopped, ReadError) and ranks.count > 1:  # the others are in the midst of an iteration
+            raise
         save()
         if isinstance(stopped, ReadError):
             watch.say(f"{last} holds what was learned until an image could not be read\n")
@@ -145,44 +162,54 @@ def fit(
     return {**result, "seconds": round(state.seconds, 3), **counts}
 
 
-def _restored(last: Path, before: Path, engine: Engine, made: Mapping[str, str], watch: Watch) -> State:
+def _restored(last: Path, before: Path, engine: Engine, made: Mapping[str, str], watch: Watch, ranks: Ranks) -> State:
     """Where last.pt has the training, or before.pt, if that is damaged; or the start."""
-    if not last.exists() and not before.exists():
+    has_last, has_before = ranks.first(lambda: (last.exists(), before.exists()))
+    if not has_last and not has_before:
         return State()
     try:
-        return restore(last, engine, made, watch)
+        return restore(last, engine, made, watch, ranks)
     except DamagedFileError:
-        if not before.exists():
+        if not has_before:
             raise
-        state = restore(before, engine, made, watch)
-        watch.say(f"{last} is {'damaged' if last.exists() else 'missing'}: going on from the checkpoint before it\n")
+        state = restore(before, engine, made, watch, ranks)
+        watch.say(f"{last} is {'damaged' if has_last else 'missing'}: going on from the checkpoint before it\n")
         return state
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, images: ImageSet, stop_asked: Callable[[], bool] = lambda: False) -> float:
-    """Accuracy of `network` in evaluation mode, a fraction of `images`.
+def evaluate(
+    network: nn.Module, images: ImageSet, stop_asked: Callable[[], bool] = lambda: False, ranks: Ranks = ALONE
+) -> float:
+    """Accuracy of `network` in evaluation mode, a fraction of `images`; each rank looks at some of them.
 
     Raises:
-        Interrupted: `stop_asked()` said so.
+        Interrupted: `stop_asked()` said so; several ranks look at all first.
     """
     device = next(network.parameters()).device
     correct = torch.zeros((), dtype=torch.int64, device=device)
+    mine = images
+    if ranks.count > 1:
+        indices = torch.arange(ranks.rank, len(images), ranks.count, device=images.labels.device)
+        mine = images.select(indices, images.labels[indices], augment=False)
     with modes_kept(network):
         network.eval()
-        for x, y in images.eval_batches(_EVAL_BATCH):
+        for x, y in mine.eval_batches(_EVAL_BATCH):
             correct += (network(x).argmax(1) == y).sum()
-            if stop_asked():
+            if ranks.count == 1 and stop_asked():
                 raise Interrupted
-    return correct.item() / len(images)
+    total = ranks.total(int(correct.item()))
+    if ranks.count > 1 and stop_asked():
+        raise Interrupted
+    return total / len(images)
 
 
-def _test(folder: Path, network: nn.Module, data: Data, state: State, watch: Watch) -> dict[str, Any]:
+def _test(folder: Path, network: nn.Module, data: Data, state: State, watch: Watch, ranks: Ranks) -> dict[str, Any]:
     """Test accuracy of the last weights, and of the best by validation; the network keeps the last ones."""
     watch.evaluating("test")
-    result = {"test_accuracy_last": evaluate(network, data.test, watch.stop_asked)}
+    result = {"test_accuracy_last": evaluate(network, data.test, watch.stop_asked, ranks)}
     if state.best_epoch >= 0:
-        last, best = _weights(network), load_checkpoint(folder / "best.pt")["weights"]
+        last, best = _weights(network), ranks.first(lambda: load_checkpoint(folder / "best.pt"))["weights"]
         for name, tensor in best.items():
             if not bool(tensor.isfinite().all()):
                 raise DamagedFileError(
@@ -191,7 +218,7 @@ def _test(folder: Path, network: nn.Module, data: Data, state: State, watch: Wat
                 )
         network.load_state_dict(best)
         try:
-            result["test_accuracy_best"] = evaluate(network, data.test, watch.stop_asked)
+            result["test_accuracy_best"] = evaluate(network, data.test, watch.stop_asked, ranks)
         finally:
             network.load_state_dict(last)
         result |= {"val_accuracy_best": state.best_accuracy, "best_epoch": state.best_epoch}
@@ -199,24 +226,24 @@ def _test(folder: Path, network: nn.Module, data: Data, state: State, watch: Wat
 
 
 def _inputs(
-    engine: Engine, data: Data, schedule: Schedule, state: State
+    engine: Engine, data: Data, schedule: Schedule, state: State, part: Part
 ) -> Iterator[tuple[Any, Any, tuple[Tensor, Tensor] | None]]:
     """What `Engine.step` takes, from where the epoch stands to its end."""
 
     def stream(images: ImageSet, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from images.batches(schedule.batch_size, seed=schedule.seed, epoch=epoch, start=start)
+        yield from images.batches(schedule.batch_size, seed=schedule.seed, epoch=epoch, start=start, part=part)
         for later in itertools.count(epoch + 1):
-            yield from images.batches(schedule.batch_size, seed=schedule.seed, epoch=later)
+            yield from images.batches(schedule.batch_size, seed=schedule.seed, epoch=later, part=part)
 
-    batches = data.train.num_batches(schedule.batch_size)
+    batches = data.train.num_batches(schedule.batch_size, part.parts)
     if not engine.needs_val:
         remaining = data.train.batches(
-            schedule.batch_size, seed=schedule.seed, epoch=state.epoch, start=state.iteration
+            schedule.batch_size, seed=schedule.seed, epoch=state.epoch, start=state.iteration, part=part
         )
         yield from ((x, y, None) for x, y in remaining)
         return
     # "simulation": the real step on a batch, T simulated ones on it and those that follow, L_meta on held-out images.
-    held_out = data.val.num_batches(schedule.batch_size)
+    held_out = data.val.num_batches(schedule.batch_size, part.parts)
     train = stream(data.train, state.epoch, state.iteration)
     val = stream(data.val, *divmod(state.epoch * batches + state.iteration, held_out))
     window: deque[tuple[Tensor, Tensor]] = deque(maxlen=max(1, engine.inner_steps))

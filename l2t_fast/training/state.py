@@ -12,6 +12,7 @@ from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import DamagedFileError, L2TError
 from l2t_fast.files import load_checkpoint
 from l2t_fast.learner.generators import read_torch, set_torch
+from l2t_fast.ranks import ALONE, Ranks
 from l2t_fast.training.log import ADVICE, what_is_kept
 from l2t_fast.training.watch import Watch
 
@@ -29,11 +30,19 @@ class State:
     seconds: float = 0.0
 
 
-def checkpoint_content(engine: Engine, state: State, made: Mapping[str, str]) -> dict[str, Any]:
+def begin_random(ranks: Ranks) -> None:
+    """Ranks draw other random numbers than each other, for other images; rank 0 those of a process alone."""
+    if ranks.rank:
+        torch.manual_seed((torch.initial_seed() + ranks.rank * 1_000_003) % 2**63)
+
+
+def checkpoint_content(engine: Engine, state: State, made: Mapping[str, str], ranks: Ranks = ALONE) -> dict[str, Any]:
     """All that a training needs to go on, bit by bit; and what it is `made` of, which must be the same then."""
+    random = ranks.gathered(read_torch(_device(engine)))
     return {
         "engine": engine.state_dict(),
-        "random": read_torch(_device(engine)),
+        "random": random[0],
+        **({"random_of_ranks": random} if ranks.count > 1 else {}),
         "state": vars(state),
         "made": dict(made),
         "threads": torch.get_num_threads(),
@@ -70,7 +79,7 @@ def _groups(state: dict[str, Any]) -> list[str]:
     return [name for name in state if name not in ("adam", "lr")]
 
 
-def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch) -> State:
+def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch, ranks: Ranks = ALONE) -> State:
     """Puts `engine` and the random generators where the checkpoint at `path` has them.
 
     Args:
@@ -81,7 +90,7 @@ def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch) -
         DamagedFileError: the file is damaged, or holds what is not finite.
         L2TError: it is of another training.
     """
-    content = load_checkpoint(path)
+    content = ranks.first(lambda: load_checkpoint(path))
     if not _is_whole(content):
         raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.")
     check_made(f"checkpoint {path}", content.get("made", {}), made)
@@ -92,9 +101,16 @@ def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch) -
             f"{path} was made with {content['threads']} CPU threads: with {threads} sums are taken in another order, "
             "and the training does not go on to the bit\n"
         )
+    random = content.get("random_of_ranks", [content.get("random")])
+    if len(random) != ranks.count:
+        watch.say(
+            f"{path} was made on {len(random)} processes: on {ranks.count} other random numbers are drawn, and the "
+            "training does not go on to the bit\n"
+        )
     try:
         engine.load_state_dict(content["engine"])
-        set_torch(content["random"], _device(engine))
+        if ranks.rank < len(random):
+            set_torch(random[ranks.rank], _device(engine))
         return State(**content["state"])
     except L2TError as error:
         raise L2TError(f"checkpoint {path}: {error}") from error
@@ -120,6 +136,7 @@ def _is_whole(content: dict[str, Any]) -> bool:
         and all(isinstance(value, int | float) and math.isfinite(value) for value in state.values())
         and min(state.get("epoch", 0), state.get("iteration", 0)) >= 0
         and isinstance(content.get("random"), dict)
+        and isinstance(content.get("random_of_ranks", []), list)
         and isinstance(content.get("engine"), dict)
         and isinstance(content.get("made", {}), dict)
         and isinstance(content.get("threads", 1), int)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torchvision import datasets, transforms
 
+from l2t_fast.data.images import Part
 from l2t_fast.data.options import DataConfig
 from l2t_fast.data.splits import Data, load_data
 from l2t_fast.errors import L2TError
@@ -29,6 +30,23 @@ def test_batches_are_a_pure_function_of_seed_epoch_position() -> None:
     torch.set_rng_state(state)
     list(images.batches(32, seed=0, epoch=0))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "files"])
+def test_parts_of_a_batch_make_the_batch(kind: str, folder: Path) -> None:
+    images = tensor_set(77, augment=True)
+    size, last = 16, 13
+    if kind == "files":
+        options = DataConfig(dataset="folder", data_root=folder, workers=0)
+        images = load_data(options, 0).train  # type: ignore[assignment]
+        size, last = 5, len(images) % 5
+    whole = list(images.batches(size, seed=3, epoch=5, start=1))
+    parts = [list(images.batches(size, seed=3, epoch=5, start=1, part=Part(r, 3, 3))) for r in range(3)]
+    kept = len(whole) - (0 < last < 6)
+    assert kept == images.num_batches(size, 3) - 1 == len(parts[0])
+    joined = [tuple(map(torch.cat, zip(*batch, strict=True))) for batch in zip(*parts, strict=True)]
+    assert equal(joined, whole[:kept])  # type: ignore[arg-type]
+    assert [len(y) for _, y in parts[0]] == [-(-len(y) // 3) for _, y in whole[:kept]]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -123,6 +123,14 @@ def test_replays_equal_launches(scheme: str, memory: str, taped: Callable[..., E
     same(graph.meta_gradient(*batch(0), val=batch(1)), eager.meta_gradient(*batch(0), val=batch(1)))
 
 
+def test_replays_of_micro_batches_equal_launches(taped: Callable[..., Engine]) -> None:
+    eager, graph = fused(accumulate=2), taped(accumulate=2)
+    for i in range(WARM_UP + 2):
+        same(graph.step(*batch(i)), eager.step(*batch(i)))
+    assert len(Tape.made) == 1
+    same(everything(graph), everything(eager))
+
+
 def test_plain_training_is_captured_too(taped: Callable[..., Engine]) -> None:
     def plain() -> L2T:
         torch.manual_seed(0)

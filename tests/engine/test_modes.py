@@ -45,6 +45,16 @@ def assert_follows(compiled: Engine, eager: Engine, steps: int, tolerance: float
     assert error(everything(compiled), everything(eager)) < tolerance
 
 
+@pytest.mark.slow
+def test_compiled_micro_batches_equal_eager_ones(aot_eager: None) -> None:
+    compiled, eager = (small(mode=mode, accumulate=2) for mode in ("compile", "eager"))
+    for i in range(2):
+        expected, metrics = (e.step(*small_batch(i, 8)) for e in (eager, compiled))
+        assert error(metrics, expected) < 1e-9
+    assert compiled.mode == "compile"
+    assert error(everything(compiled), everything(eager)) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("scheme", "memory"), [("transfer", "save"), ("transfer", "recompute"), ("simulation", "save")]
 )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from l2t_fast.errors import Interrupted, L2TError, MachineError, NoMemoryError, memory_watched
 from l2t_fast.files import check_there, make_folder, save_text
+from l2t_fast.ranks import current
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.progress import MakeWatch, loss_on_host
 from l2t_fast.signals import STOPS
@@ -74,14 +75,15 @@ class Launcher(Protocol):
 
 @contextlib.contextmanager
 def at_work(task: Task, stopped: Callable[[], bool]) -> Iterator[None]:
-    """Makes the folder of a task, in that of its run, and holds it alone; of several, all.
+    """Makes the folder of a task, in that of its run, and holds it alone; of several, all. Rank 0 does, for all ranks.
 
     Raises:
         Interrupted, L2TError, MachineError: as `alone`; the folder of the run was removed; memory ran out.
     """
-    check_there(task.config_file)
-    folders: Sequence[Path] = getattr(task, "folders", (task.folder,))
+    folders: Sequence[Path] = getattr(task, "folders", (task.folder,)) if current().leads else ()
     with contextlib.ExitStack() as stack:
+        if folders:
+            check_there(task.config_file)
         for folder in folders:
             make_folder(folder)
             stack.enter_context(alone(folder, stopped))
