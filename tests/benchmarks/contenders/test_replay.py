@@ -96,7 +96,7 @@ def test_a_wrong_replay_is_seen(judge: Judge, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(ways, "Engine", kept)
     one = made(judge)
-    monkeypatch.setattr(Again, "before", staticmethod(lambda: setattr(engines[0], "lr", 0.01)))
+    monkeypatch.setattr(Again, "before", staticmethod(lambda: engines[0].trained.update.groups[0].lr.fill_(0.01)))
     found = judge.replay(GRAPH, one, SMALL_CASE)
     assert found["replayed"]
     assert not found["correct"]
