@@ -1,7 +1,9 @@
 """Training over epochs: bit-exact resumption, checkpoints, what happens when things go wrong."""
 
+import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from l2t_fast import L2T, Engine, L2TError
-from l2t_fast.data.images import TensorSet
+from l2t_fast.data.images import WHOLE, LabelledBatch, Part, TensorSet
 from l2t_fast.data.splits import Data
 from l2t_fast.engine.iteration import Iteration
-from l2t_fast.errors import Interrupted
+from l2t_fast.errors import Interrupted, ReadError
 from l2t_fast.files import load_checkpoint, save_checkpoint
+from l2t_fast.ranks import Ranks, together
 from l2t_fast.training import fit as fit_module
 from l2t_fast.training.fit import Schedule, evaluate, fit
 from l2t_fast.training.log import read_metrics
+from tests.engine.parts import in_processes
 
 
 class Stop:
@@ -273,3 +277,32 @@ def test_too_few_images(tmp_path: Path) -> None:
     one = Data(images(1, 0, True), DATA.val, DATA.test, 3, (3, 8, 8))
     with pytest.raises(L2TError, match="1 training images are too few"):
         fit(tmp_path, engine, target, one, SCHEDULE, Stop())
+
+
+class Unreadable(TensorSet):
+    """The third batch of rank 1 cannot be read."""
+
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, part: Part = WHOLE
+    ) -> Iterator[LabelledBatch]:
+        for i, batch in enumerate(super().batches(batch_size, seed=seed, epoch=epoch, start=start, part=part)):
+            if part.rank == 1 and i == 2:
+                raise ReadError("image 5 is damaged.")
+            yield batch
+
+
+def _train_unreadable(rank: int, group: Any, folder: Path) -> None:
+    fit_module.current = lambda: Ranks(rank, 2, group)  # type: ignore[attr-defined]
+    engine, target = training(group=group, mode="eager")
+    train = Unreadable(DATA.train.labels, True, DATA.train.images, True)  # type: ignore[attr-defined]
+    with together(group):
+        fit(folder, engine, target, dataclasses.replace(DATA, train=train), Schedule(2, 8, 0.05, 3), Stop())
+
+
+@pytest.mark.slow
+def test_an_image_that_one_rank_cannot_read_ends_all_at_once(tmp_path: Path) -> None:
+    """Nothing is saved: the other rank is in the midst of an iteration."""
+    other, own = in_processes(2, tmp_path, _train_unreadable, tmp_path / "run")
+    assert own == ("raised", ("ReadError", "image 5 is damaged."))
+    assert other == ("raised", ("RankError", "rank 1 has failed: image 5 is damaged."))
+    assert not (tmp_path / "run/last.pt").exists()
