@@ -79,7 +79,8 @@ def fit(
     if batches == 0:
         raise L2TError(f"{len(data.train)} training images are too few: BatchNorm needs batches of two or more.")
     last, before = folder / "last.pt", folder / "before.pt"
-    made = {**(made or {}), "parts of a batch": str(part.parts)}
+    settings = made or {}
+    made = {**settings, "parts of a batch": str(part.parts)}
     ranks.first(lambda: check_room(folder, 3 * size_of(engine)))  # last.pt and before.pt, and the next one or best.pt
     begin_random(ranks)
     state = _restored(last, before, engine, made, watch, ranks)
@@ -96,7 +97,7 @@ def fit(
     at = state.epoch, state.iteration
     logs = [Log(folder / "metrics.jsonl", at, last, engine.learner.pairs, tell)] if ranks.leads else []
     names = pair_names(engine.learner)
-    told.on_start(Training(title, folder, engine, names, data, schedule.epochs, batches, *at, made))
+    told.on_start(Training(title, folder, engine, names, data, schedule.epochs, batches, *at, settings))
 
     best: dict[str, Tensor] = {}  # weights that are not in best.pt yet
     saved = -math.inf
