@@ -49,7 +49,7 @@ def equal(found: Tensors, wanted: Tensors) -> None:
             assert found[name].double().norm() < 1e-8, name
 
 
-@pytest.mark.parametrize("i", range(len(CASES)), ids=lambda i: f"{CASES[i].norm}-{case_id(CASES[i].options)}")
+@pytest.mark.parametrize("i", range(len(CASES)), ids=lambda i: f"{i}-{CASES[i].norm}-{'-'.join(CASES[i].options)}")
 def test_two_ranks_equal_one_process(i: int, of_two_ranks: list[tuple[list[Tensors], Any]]) -> None:
     """Metrics of several steps, parameters, momentum, buffers, Adam's moments, a meta-gradient."""
     wanted = CASES[i].run(None)
