@@ -87,7 +87,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
         train_part, _ = _draw(train.labels, train_part, classes, lambda _: k, PER_CLASS, seed)
         val_part, _ = _draw(train.labels, val_part, classes, lambda n: min(n, k), PER_CLASS, seed)
 
-    if without := set(classes) - set(train.labels[train_part].tolist()):
+    there, taken = (set(labels.unique().tolist()) for labels in (train.labels, train.labels[train_part]))
+    if without := set(classes) & there - taken:
         raise L2TError(f"class {min(without)} of {config.dataset} has no training images that can be taken; add some.")
     if not len(test_part):
         raise L2TError(f"{config.dataset} has no test images of the classes asked for; add some.")
