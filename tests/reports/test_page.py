@@ -240,7 +240,12 @@ def test_it_is_read_on_a_phone(tmp_path: Path, opened: Open) -> None:
     )
     assert outside == 0
     page.set_viewport_size({"width": 1200, "height": 700})
-    page.wait_for_function("document.querySelector('figure svg').getBoundingClientRect().width > 400")
+    wide = "document.querySelector('figure svg').getBoundingClientRect().width > 400"
+    for _ in range(50):  # `wait_for_function` would evaluate a string, which the page forbids
+        if page.evaluate(wide):
+            break
+        page.wait_for_timeout(100)
+    assert page.evaluate(wide)
 
 
 @pytest.mark.parametrize(
