@@ -110,8 +110,8 @@ def test_a_run_and_a_table_of_functions(users: Path, capsys: pytest.CaptureFixtu
     assert made["--target"] == "their_tiny:net"
     assert made["layers"] == "0, 1, 2 → 0, 1, 2"
     text = capsys.readouterr().out
-    assert "digits: reading images, building and examining their_tiny:net + their_tiny:net ..." in text
-    assert "first iteration, on 25 images of 32x32" in text
+    assert "0, 1, 2 → 0, 1, 2" in text
+    assert "first step, on 25 images of 32x32" in text
 
     main(["table", *COMMON, *networks, "--name", "two", "--jobs", "1"])
     column = users / "runs/two/digits-their_tiny-net-10"

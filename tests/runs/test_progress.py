@@ -45,7 +45,9 @@ def test_lines_say_what_is_done_before_the_first_iteration(tmp_path: Path) -> No
     lines = out.getvalue().splitlines()
     checked = [line.partition(" · ")[2] for line in lines if line.startswith("checking · ")]
     assert checked == ["reading the images", "building the networks", "examining the networks", "finding the layers"]
-    trained = [line.partition(" · ")[2] for line in lines if " · " in line and not line.startswith("checking")]
+    after = [line.partition(" · ")[2] for line in lines if " · " in line and not line.startswith("checking")]
+    assert "first step, on 25 images of 32x32" in after
+    trained = [line.partition(", on ")[0] for line in after]
     assert [line for line in trained if line in STAGES] == [
         *("reading the images", "building the networks", "examining the networks", "first step"),  # the source's
         "finding the layers",  # of fm-single
@@ -68,7 +70,7 @@ def test_a_terminal_shows_them_beside_the_bar(tmp_path: Path, monkeypatch: pytes
     out = io.StringIO()
     run(config(tmp_path, method=("fm-single",)), Console(file=out, width=200, force_terminal=True))
     of_cell = shown[len(shown) - shown[::-1].index("reading the images") - 1 :]
-    assert [state for state in of_cell if state in STAGES] == STAGES
+    assert [stage for state in of_cell if (stage := state.partition(", on ")[0]) in STAGES] == STAGES
     assert "epoch 1/1 · loss" in of_cell[len(STAGES)]
     assert "it/s" in out.getvalue()
 
