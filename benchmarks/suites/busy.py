@@ -52,6 +52,7 @@ def busy_rows(case: str, threads: int, iterations: int, rounds: int) -> Iterator
     finally:
         for neighbour in neighbours:
             neighbour.kill()
+            neighbour.join()
         os.environ.pop("OMP_WAIT_POLICY")
         if before is not None:
             os.environ["OMP_WAIT_POLICY"] = before
