@@ -288,3 +288,5 @@ def test_paths_that_nobody_has(
 def test_layers_that_are_numbers() -> None:
     with pytest.raises(L2TError, match=r"source_layers must be names of layers, not \[0\]"):
         L2T(network(), network(), source_layers=[0], target_layers=["1"], example=torch.zeros(2, 3, 6, 6))  # type: ignore[list-item]
+    with pytest.raises(L2TError, match="the layers of the target must be a list of names, not False"):
+        L2T(network(), network(), target_layers=False, layout={"1": "BCHW"}, example=torch.zeros(2, 3, 6, 6))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from l2t_fast.kernels.matching.aten import resize
 from l2t_fast.learner.candidates import layers_of
 from l2t_fast.learner.network import Network, Outputs, Runs
 from l2t_fast.learner.pairs import Pair, PairSpec, resolve_pairs
-from l2t_fast.learner.taps import are_names, unwrapped
+from l2t_fast.learner.taps import are_names, check_names, unwrapped
 from l2t_fast.learner.terms import MakeTerm, Shapes, TermNetworks
 from l2t_fast.learner.traced import trace
 from l2t_fast.learner.weights import channel_weights, check_kinds, pair_weights, what_head, where_head
@@ -103,6 +103,7 @@ class L2T(nn.Module):
         layers = _layers_of_each(modules, source_layers)
         if target_layers is None:
             target_layers = [] if unmatched else layers_of(target, example, role="target", output=True)
+        check_names(target_layers, "target")
         layouts = _layouts_of_each(layout or {}, layers, target_layers)
         if not target.training:
             target.train()

@@ -109,6 +109,12 @@ def are_names(layers: object) -> bool:
     )
 
 
+def check_names(layers: object, role: str) -> None:
+    """Raises L2TError where they are no names."""
+    if not are_names(layers):
+        raise L2TError(f"the layers of the {role} must be a list of names, not {shown(layers)}.")
+
+
 def find_taps(
     module: nn.Module,
     layers: Sequence[str],
@@ -130,8 +136,7 @@ def find_taps(
             times, a feature that is no map, a feature that is overwritten in place later in the forward pass, a
             network that cannot run on such images or does not return logits [B, classes].
     """
-    if not are_names(layers):
-        raise L2TError(f"the layers of the {role} must be a list of names, not {shown(layers)}.")
+    check_names(layers, role)
     modules = dict(module.named_modules())
     watched = {layer: _module_of(layer, modules) for layer in layers}
     with undisturbed(module, example.device), torch.no_grad():
