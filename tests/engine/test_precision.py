@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -142,28 +141,8 @@ def switches() -> list[Any]:
     return [*(switch.fp32_precision for switch in newer), backends.cudnn.benchmark]
 
 
-@pytest.fixture
-def restored() -> Iterator[None]:
-    """PyTorch's switches after the test as before it."""
-    backends: Any = torch.backends
-    newer = [
-        backends,
-        backends.cudnn,
-        backends.cuda.matmul,
-        backends.mkldnn.matmul,
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-    ]
-    before = [switch.fp32_precision for switch in newer]
-    yield
-    torch.set_float32_matmul_precision("highest")
-    backends.cudnn.allow_tf32 = True
-    for switch, value in zip(newer, before, strict=True):
-        switch.fp32_precision = value
-
-
 @pytest.mark.parametrize("users", ["nothing", "older", "newer", "newer for all", "newer for cuDNN"])
-def test_switches_are_the_engines_own(users: str, restored: None) -> None:
+def test_switches_are_the_engines_own(users: str) -> None:
     cuda, backends = torch.device("cuda"), torch.backends
     if users == "older":
         torch.set_float32_matmul_precision("high")
