@@ -13,6 +13,7 @@ from benchmarks.cases import CASES
 from l2t_fast import L2T, Engine
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
+from l2t_fast.reference import Reference
 
 CLASSES = 3
 
@@ -54,6 +55,15 @@ def error(tensors: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     """Relative."""
     wanted = flat(exact).cpu()
     return ((flat(tensors).cpu() - wanted).norm() / wanted.norm()).item()
+
+
+@torch.no_grad()
+def moved_off(subject: L2T, plain: Reference) -> None:
+    """Moves φ of the reference off its start, where w is uniform, and gives the learner its φ and projections."""
+    for p in plain.phi.values():
+        p.add_(0.1 * torch.randn_like(p))
+    for part in ("projections", "what", "where"):
+        getattr(subject, part).load_state_dict(getattr(plain, part).state_dict())
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

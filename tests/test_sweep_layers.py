@@ -13,7 +13,7 @@ from l2t_fast import L2T, Engine
 from l2t_fast.learner.candidates import Candidate, find_layers, layers_of
 from l2t_fast.networks.architectures import build_model, build_shapes
 from l2t_fast.reference import Reference
-from tests.shared import error
+from tests.shared import error, moved_off
 
 pytestmark = pytest.mark.slow
 
@@ -166,11 +166,7 @@ def test_one_step_equals_the_reference(name: str, side: int, options: dict[str, 
         inner_steps=1,
         target_maps={name: to_map(layers.candidates[name]) for name in layers.chosen},
     )
-    with torch.no_grad():
-        for p in plain.phi.values():
-            p.add_(0.1 * torch.randn_like(p))
-    for part in ("projections", "what", "where"):
-        getattr(learner, part).load_state_dict(getattr(plain, part).state_dict())
+    moved_off(learner, plain)
     engine = Engine(learner, lr=0.05, inner_steps=1, mode="eager", say=lambda text: None)
     expected = plain.meta_gradient(x, y)
     assert error(engine.meta_gradient(x, y), expected) < 1e-9

@@ -15,7 +15,7 @@ from l2t_fast.learner.candidates import find_layers, layers_of, timm_stages
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.reference import Reference
-from tests.shared import error
+from tests.shared import error, moved_off
 
 EXAMPLE = torch.zeros(2, 3, 16, 16)
 
@@ -252,10 +252,6 @@ def test_without_layer_names_the_engine_is_exact(kind: str) -> None:
         inner_steps=1,
         target_maps=maps,
     )
-    with torch.no_grad():
-        for p in plain.phi.values():
-            p.add_(0.1 * torch.randn_like(p))
-    for part in ("projections", "what", "where"):
-        getattr(learner, part).load_state_dict(getattr(plain, part).state_dict())
+    moved_off(learner, plain)
     engine = Engine(learner, lr=0.05, inner_steps=1, mode="eager", say=lambda text: None)
     assert error(engine.meta_gradient(x, y), plain.meta_gradient(x, y)) < 1e-9
