@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from l2t_fast.choices import Export
 from l2t_fast.data.splits import Data
-from l2t_fast.engine.memory import within_memory
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.ranks import current
@@ -32,10 +31,6 @@ from l2t_fast.training.learned import pair_names, peakedness
 from l2t_fast.training.log import read_epochs
 from l2t_fast.training.trackers import ToCsv
 
-_OUTSIDE = (
-    "memory ran out outside an iteration, where networks are made or measured: end what else uses it, or give smaller "
-    "images or another network."
-)
 _TRACKERS = {"tensorboard": ToTensorBoard, "csv": ToCsv}  # of --log
 _PICTURE_IMAGES = 512  # training images whose channel weights the histogram shows
 
@@ -80,9 +75,8 @@ def train_cell(
         learns = bool(len(learner.what) or len(learner.where))
         if learns:
             first(lambda: save_text(folder / "pairs.json", json.dumps(_named_pairs(learner)) + "\n"))
-        with within_memory(lambda: _OUTSIDE):
-            of_all = {**what, **layers(learner)}
-            result = _fit(folder, title, config, seed, epochs, target, learner, data, watch, of_all, callbacks)
+        of_all = {**what, **layers(learner)}
+        result = _fit(folder, title, config, seed, epochs, target, learner, data, watch, of_all, callbacks)
 
         def write() -> None:
             if learns:
