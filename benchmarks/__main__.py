@@ -24,6 +24,7 @@ COMMANDS = {
     "cells": ("report.cells", "tables of trainings as one file of rows, with Markdown and a picture of them"),
     "iterations": ("suites.iterations", "whole iterations: the reference, the official code, the engine in its modes"),
     "operators": ("suites.operators", "the matching operators: Triton, ATen, eager PyTorch, torch.compile"),
+    "gram": ("suites.gram", "the Gram form of the matching operators: products saved, digits lost"),
     "steps": ("suites.steps", "the steps of an iteration: inner steps, source pre-pass, input pipeline"),
     "breakdown": ("suites.breakdown", "where the time of an iteration goes, by family of kernels"),
     "training": ("suites.training", "whole trainings: images a second, seconds to an accuracy"),

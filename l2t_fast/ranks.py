@@ -4,6 +4,7 @@ Where there is one process alone nothing here does anything, and torch.distribut
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -179,6 +180,18 @@ def launched() -> bool:
 def started_again() -> bool:
     """Whether torchrun has started this process anew, after a rank has failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def leave(code: object) -> None:
+    """Ends this process at once, with what is said flushed, where torchrun has started it; `code` as of SystemExit.
+
+    Threads of PyTorch's process groups may still let go of tensors while Python is taken down, and then abort it
+    ("terminate called without an active exception"): torchrun would report a job that is done as failed.
+    """
+    if launched() and (code is None or isinstance(code, int)):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
 
 
 def refuse(command: str) -> None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from l2t_fast.cli import main
 from l2t_fast.settings.options import TableConfig, TrainConfig
 from l2t_fast.training.log import read_metrics
 
+ROOT = Path(__file__).parents[1]
 TINY = ["--method", "scratch", "--seeds", "0", "--epochs", "1", "--target-width", "0.0625"]
 
 
@@ -46,6 +48,21 @@ def test_what_is_set_reaches_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--version"])
     assert capsys.readouterr().out == f"l2t-fast {importlib.metadata.version('l2t-fast')}\n"
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_rank_of_torchrun_is_not_taken_down_by_what_python_does_at_its_end(tmp_path: Path, launched: bool) -> None:
+    """What aborts there in rare cases is a thread of PyTorch's; here it always does."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os, torch\natexit.register(os.abort)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    environment |= {"TORCHELASTIC_RUN_ID": "a job"} if launched else {}
+    command = [sys.executable, "-m", "l2t_fast"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == (0 if launched else -signal.SIGABRT), done.stderr
+    if launched:
+        assert done.stdout.startswith("l2t-fast ")
+        refused = subprocess.run([*command, "nothing"], capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert refused.returncode == 2, refused.stderr
 
 
 def test_python_runs_the_package_as_the_command() -> None:

@@ -7,10 +7,15 @@ out of registers.
     TRITON_INTERPRET=1 python -m benchmarks operators --device cpu --cases minute
 
 goes through the same motions without a GPU; its times say nothing.
+
+    python -m benchmarks operators --plan
+
+counts instead, on any machine: products done and at least, launches, memory (measure/plan.py).
 """
 
 import argparse
 import gc
+import itertools
 import math
 import os
 from concurrent.futures import wait
@@ -35,6 +40,7 @@ from benchmarks.contenders.operators import (
 )
 from benchmarks.measure import floors, timing
 from benchmarks.measure.capture import Call, Ready, launches, own_stream, ready, size
+from benchmarks.measure.plan import plan
 from benchmarks.measure.rates import DTYPES, device_rates, rates_row, set_precision
 from benchmarks.measure.telemetry import Telemetry
 from benchmarks.rows import Row, add_row_arguments, append, begin, say, unavailable
@@ -152,12 +158,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-seconds", type=float, default=90, help="after which torch.compile begins no more (default 90)"
     )
+    parser.add_argument("--plan", action="store_true", help="count what the Triton path would do; nothing is timed")
     parser.add_argument("--no-compile", dest="compile_seconds", action="store_const", const=0, help="no torch.compile")
+
+
+def show_plan(arguments: argparse.Namespace) -> None:
+    """A line, and a row, for each case, precision of tensor cores and operator."""
+    say("of the Triton path, a count", ["GFLOP", "least", "done/least", "Gram", "launches", "peak MB"])
+    for case, precision, operator in itertools.product(arguments.cases, arguments.precisions, OUTPUTS):
+        if precision != "fp32":  # in which ATen computes
+            row = plan(case, precision, operator)
+            append(arguments.output, row)
+            flops = [
+                row["flops"] / 1e9,
+                row["flops_least"] / 1e9,
+                row["done_over_least"],
+                (row["flops_with_gram"] or 0) / 1e9,
+            ]
+            numbers = [
+                *(f"{x:.2f}" if x else "-" for x in flops),
+                str(row["launches"]),
+                f"{row['peak_bytes'] / 1e6:.0f}",
+            ]
+            say(f"{case} {precision} {operator}", numbers)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """All cases, precisions, operators and implementations; whether a Triton kernel spills."""
     device = begin("operators", arguments)
+    if arguments.plan:
+        show_plan(arguments)
+        return 0
     own_stream(device)
     start = perf_counter()
     rates = device_rates(arguments.precisions, device)

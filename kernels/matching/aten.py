@@ -5,7 +5,8 @@ Formulas (design notes: CONTRIBUTING.md). Per pair p = (m, n), with T = T^n [B, 
     d = r T + bias − S                 E_bc = (1/HW) Σ_ij d²             G = k a d,  k = 2/HW
     g_T = rᵀ G (summed over the pairs of a target layer),   g_r = Σ_b G Tᵀ,   g_bias = Σ G
 
-All pairs of a target layer are stacked along C_s, so that every product below is one batched GEMM a layer.
+All pairs of a target layer are stacked along C_s, so that every product below is one batched GEMM a layer. Layers where
+that saves most products go through the Gram form instead (`gram.py`).
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from l2t_fast.kernels.matching import gram
 
 
 def resize(source: Tensor, size: Sequence[int]) -> Tensor:
@@ -35,8 +38,12 @@ def matching_distances(
     for n, feature in enumerate(targets):
         group = [p for p, t in enumerate(target_of) if t == n]
         if group:
-            d = _difference(feature, projections, sources, biases, source_of, group)
-            _scatter(E, group, d.square().mean(2).split([projections[p].shape[0] for p in group], 1), projections)
+            at = _in_gram_form(feature, projections, sources, biases, source_of, group)
+            if at is None:
+                E_n = _difference(feature, projections, sources, biases, source_of, group).square().mean(2)
+            else:
+                E_n = gram.distances(at)
+            _scatter(E, group, E_n.split([projections[p].shape[0] for p in group], 1), projections)
     return E
 
 
@@ -62,6 +69,14 @@ def matching_gradient(
             g_T.append(torch.zeros_like(feature))
             continue
         split = [channels[p] for p in group]
+        if (at := _in_gram_form(feature, projections, sources, biases, source_of, group)) is not None:
+            if distances:
+                _scatter(E, group, gram.distances(at).split(split, 1), coefficients)
+            of_T, of_r, of_bias = gram.gradient(at, torch.cat([coefficients[p] for p in group], 1))
+            _scatter(g_r, group, of_r[:, :, None, None].split(split), projections)
+            _scatter(g_bias, group, of_bias.split(split), biases)
+            g_T.append(_like(of_T, feature))
+            continue
         T = feature.flatten(2)  # [B, C_t, HW]
         r = _stacked(projections, group, T)  # [B, ΣC_s, C_t]
         d = _difference(feature, projections, sources, biases, source_of, group)  # [B, ΣC_s, HW]
@@ -104,6 +119,20 @@ def matching_adjoint(
                 v_T.append(torch.zeros_like(feature))
             continue
         split = [channels[p] for p in group]
+        if (at := _in_gram_form(feature, projections, sources, biases, source_of, group)) is not None:
+            u_r, u_bias = (
+                torch.cat([u_projections[p].flatten(1) for p in group]),
+                torch.cat([u_biases[p] for p in group]),
+            )
+            a = torch.cat([coefficients[p] for p in group], 1)
+            of_primal, of_a = gram.adjoint(at, a, u_feature, u_r, u_bias, primal)
+            _scatter(v_a, group, of_a.split(split, 1), coefficients)
+            if of_primal is not None:
+                of_T, of_r, of_bias = of_primal
+                _scatter(v_r, group, of_r[:, :, None, None].split(split), projections)
+                _scatter(v_bias, group, of_bias.split(split), biases)
+                v_T.append(_like(of_T, feature))
+            continue
         T, u_T = feature.flatten(2), u_feature.flatten(2)  # [B, C_t, HW]
         area = T.shape[2]
         r, u_r = _stacked(projections, group, T), _stacked(u_projections, group, T)  # [B, ΣC_s, C_t]
@@ -141,6 +170,22 @@ def _difference(
     return torch.baddbmm(stacked, r, T, beta=-1)
 
 
+def _in_gram_form(
+    feature: Tensor,
+    projections: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    source_of: Sequence[int],
+    group: Sequence[int],
+) -> gram.Point | None:
+    """The pairs in `group`, which share this target feature, where the Gram form pays."""
+    S = [sources[source_of[p]] for p in group]
+    if not gram.serves(feature) or not gram.pays(feature.shape, [x.shape for x in S]):
+        return None
+    r, bias = torch.cat([projections[p].flatten(1) for p in group]), torch.cat([biases[p] for p in group])
+    return gram.point(feature, S, r, bias, gram.WIDER[feature.dtype])
+
+
 def _stacked(projections: Sequence[Tensor], group: Sequence[int], T: Tensor) -> Tensor:
     """The projections r of the pairs in `group`, stacked along C_s and shared by the batch: [B, ΣC_s, C_t]."""
     return torch.cat([projections[p].flatten(1) for p in group]).to(T.dtype).expand(T.shape[0], -1, -1)
@@ -158,6 +203,7 @@ def _scatter(into: list[Tensor], group: Sequence[int], values: Sequence[Tensor],
 
 
 def _like(flat: Tensor, feature: Tensor) -> Tensor:
-    """[B, C, HW] as the shape and strides of `feature`."""
+    """What has as many entries as `feature`, [B, C, HW] in order, in its shape, strides and dtype."""
     out = torch.empty_like(feature)
-    return flat.view(feature.shape) if out.is_contiguous() else out.copy_(flat.view(feature.shape))
+    own = out.is_contiguous() and flat.dtype == out.dtype
+    return flat.view(feature.shape) if own else out.copy_(flat.view(feature.shape))

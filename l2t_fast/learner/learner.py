@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from l2t_fast.bounds import shown
 from l2t_fast.choices import What, Where
 from l2t_fast.errors import L2TError
-from l2t_fast.kernels.matching import ops
+from l2t_fast.kernels.matching import gram, ops
 from l2t_fast.kernels.matching.aten import resize
 from l2t_fast.learner.candidates import layers_of
 from l2t_fast.learner.network import Network, Outputs, Runs
@@ -129,9 +129,7 @@ class L2T(nn.Module):
         self._used_targets = sorted({pair.n for pair in self.pairs})
         self.source_of = [self._used_sources.index((pair.source, pair.m)) for pair in self.pairs]
         self.target_of = [self._used_targets.index(pair.n) for pair in self.pairs]
-        sizes = [target_network.shapes[pair.n][1:] for pair in self.pairs]
-        self._resizes = sorted(set(zip(self.source_of, sizes, strict=True)))
-        self._resized_of = [self._resizes.index(resized) for resized in zip(self.source_of, sizes, strict=True)]
+        self._resizes = {in_gram_form: self._resizes_of(in_gram_form) for in_gram_form in (False, True)}
         self.image_shape = example.shape[1:]
 
         self.projections = nn.ModuleList()
@@ -216,11 +214,28 @@ class L2T(nn.Module):
     def matching_sources(self, S: Sequence[Tensor], resized: bool) -> tuple[list[Tensor], list[int]]:
         """(source features for the operators, which of them each pair has), from `source_features`.
 
-        resized: R(S) [B, C_s, H, W] at every resolution that a paired target layer has.
+        resized: R(S) [B, C_s, H, W] at every resolution that a paired target layer has; S itself for layers in the
+        Gram form.
         """
         if not resized:
             return list(S), self.source_of
-        return [resize(S[m], size) for m, size in self._resizes], self._resized_of
+        resizes, of_pairs = self._resizes[bool(S) and gram.serves(S[0])]
+        return [resize(S[m], size) for m, size in resizes], of_pairs
+
+    def _resizes_of(self, in_gram_form: bool) -> tuple[list[tuple[int, tuple[int, int]]], list[int]]:
+        """((source layer, H x W) of each feature that the operators read, which of them each pair has).
+
+        in_gram_form: whether layers may be matched so, where it pays.
+        """
+        shapes = [(1, *self.source_networks[s].shapes[m]) for s, m in self._used_sources]
+        needed = []
+        for m, pair in zip(self.source_of, self.pairs, strict=True):
+            target = (1, *self.target_network.shapes[pair.n])
+            beside = [shapes[i] for i, other in zip(self.source_of, self.pairs, strict=True) if other.n == pair.n]
+            own = in_gram_form and gram.pays(target, beside)
+            needed.append((m, (shapes[m] if own else target)[2:]))
+        resizes = sorted(set(needed))
+        return resizes, [resizes.index(resized) for resized in needed]
 
     def target_outputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(logits [B, classes], T: a feature [B, C_t, H, W] of each target layer that some pair uses).
