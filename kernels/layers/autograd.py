@@ -86,6 +86,35 @@ def has_zero_sums(g: Tensor) -> bool:
     return type(g) is Tensor and getattr(g, "zero_sums", None) == g._version
 
 
+_left_out = False  # likewise
+
+
+@contextmanager
+def zeros_left_out() -> Iterator[None]:
+    """In gradients taken inside, None is zero for parameters that `may_lack` one: no buffer of zeros is filled."""
+    global _left_out
+    before, _left_out = _left_out, True
+    try:
+        yield
+    finally:
+        _left_out = before
+
+
+def may_lack(p: Tensor, unwatched: bool) -> None:
+    """Says of a parameter, or what stands in for one, whether nobody but the engine sees its gradient."""
+    p.unwatched = unwatched  # type: ignore[attr-defined]
+
+
+def is_unwatched(p: Tensor) -> bool:
+    """Whether `may_lack` said so; not in a pass that someone's own backward makes, who may want the gradient there."""
+    return getattr(p, "unwatched", False) and torch._C._current_graph_task_id() == -1
+
+
+def is_left_out(p: Tensor) -> bool:
+    """Whether the gradient of this unwatched p, which is zero, is None; hooks may have come since."""
+    return _left_out and not p._backward_hooks
+
+
 # Parameters in lower precision, all at once: many small casts would cost a launch each.
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from l2t_fast.kernels.beside import beside, captured, joined
-from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted, has_zero_sums
+from l2t_fast.kernels.layers.autograd import Last, derivatives_wanted, has_zero_sums, is_left_out, is_unwatched
 
 _aten = torch.ops.aten
 
@@ -34,13 +34,16 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, w, _, *ctx.geometry = inputs
-        ctx.save_for_backward(x, w)
+        x, w, bias, *ctx.geometry = inputs
+        ctx.save_for_backward(x, w, bias if bias is not None and is_unwatched(bias) else None)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, w = ctx.saved_tensors
-        return *ConvolutionBackward.apply(g, x, w, ctx.needs_input_grad[:3], *ctx.geometry), None, None, None, None
+        x, w, unwatched = ctx.saved_tensors
+        mask = ctx.needs_input_grad[:3]
+        if unwatched is not None and leaves_out_zero_sums(g) and is_left_out(unwatched):
+            mask = (*mask[:2], False)
+        return *ConvolutionBackward.apply(g, x, w, mask, *ctx.geometry), None, None, None, None
 
 
 class ConvolutionBackward(torch.autograd.Function):

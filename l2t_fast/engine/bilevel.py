@@ -11,6 +11,7 @@ from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine.inner_step import Theta
 from l2t_fast.engine.shards import WHOLE, Part, Shards
 from l2t_fast.engine.update import Kept, Update
+from l2t_fast.kernels.layers.autograd import zeros_left_out
 from l2t_fast.learner.hooks import sweeping
 
 Outer = Callable[[int, Theta], Tensor]  # (part, θ) -> ω L_meta
@@ -202,7 +203,7 @@ def _grad(
     variables = [x for x in inputs if x.requires_grad]
     if not outputs or not variables:
         return [None] * len(inputs)
-    with sweeping():
+    with sweeping(), zeros_left_out():
         ends, us = list(outputs.values()), [cotangents[name] for name in outputs]
         grads = iter(torch.autograd.grad(ends, variables, us, allow_unused=True))
     return [next(grads) if x.requires_grad else None for x in inputs]
