@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 from benchmarks.rows import RESULTS
 from benchmarks.shapes import MATCHING_SHAPES
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.layers import batch_norm_triton, max_pool_triton
+from l2t_fast.kernels.layers import batch_norm_kernels, batch_norm_triton, max_pool_triton
 from l2t_fast.kernels.matching import triton_launch
 from l2t_fast.kernels.sgd import triton_kernels as sgd
 from l2t_fast.kernels.sgd.rule import SGD
@@ -144,7 +144,7 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
         part = function.__name__.removesuffix("_kernel")
         if function.fn.__module__ == sgd.__name__:
             name = f"sgd {part}"
-        elif function.fn.__module__ == batch_norm_triton.__name__:
+        elif function.fn.__module__ == batch_norm_kernels.__name__:
             flags = [flag.lower() for flag in ("FIRST", "ADDEND") if arguments.get(flag)]
             name = " ".join([f"norm {part}", *flags, *["", "relu by x", "relu by y"][arguments.get("MASK", 0) :][:1]])
             name = name.strip()

@@ -177,18 +177,47 @@ def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, rstd
 
 
-def normalised(
-    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, addend: Tensor | None, relu: bool
-) -> Tensor:
-    """y, where Triton computes."""
+def normalised(x: Tensor, *others: Any) -> Tensor:
+    """y, where Triton computes; see `batch_norm_triton.forward`."""
     from l2t_fast.kernels.layers import batch_norm_triton
 
-    return batch_norm_triton.forward(x, gamma, beta, mean, rstd, addend, relu)
+    return batch_norm_triton.forward(x, *others)
+
+
+def track_(
+    x: Tensor, mean: Tensor, rstd: Tensor, eps: float, running: Sequence[Tensor], momentum: float | None
+) -> None:
+    """Moves the running mean and variance towards those of x, and the number of batches up by one, in place.
+
+    momentum: None for the mean over all batches.
+    """
+    running_mean, running_var, tracked = running
+    alike = all(t.is_contiguous() and (t.dtype, t.device) == (mean.dtype, x.device) for t in running[:2])
+    alike = alike and (tracked.dtype, tracked.device) == (torch.int64, x.device)
+    if momentum is not None and alike and untraced() and fused(x):
+        from l2t_fast.kernels.layers import batch_norm_triton
+
+        batch_norm_triton.track(x, mean, rstd, eps, running_mean, running_var, tracked, momentum)
+        torch.autograd.graph.increment_version(running)  # as every operation in place does
+        return
+    # float32 already, but for compiled bfloat16 on a CPU
+    mean, rstd = mean.to(running_mean.dtype), rstd.to(running_var.dtype)
+    count = x.numel() // x.shape[1]
+    variance = (rstd.pow(-2) - eps) * (count / (count - 1))  # unbiased
+    tracked.add_(1)
+    weight = tracked.to(mean.dtype).reciprocal() if momentum is None else momentum
+    running_mean.lerp_(mean, weight)
+    running_var.lerp_(variance, weight)
 
 
 def fused(x: Tensor) -> bool:
     """Whether Triton computes: on CUDA, but not where a compiler traces, which fuses the formulas by itself."""
     return launch.TRITON and x.is_cuda and type(x) is Tensor and launch.is_dense(x) and x.numel() < 2**31
+
+
+def untraced() -> bool:
+    """Whether tensors are what they seem: no compiler and no torch.func is at work."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _adjoint(*arguments: Any) -> tuple[Tensor | None, ...]:

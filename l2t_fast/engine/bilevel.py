@@ -124,7 +124,7 @@ def meta_gradient(
                 with torch.enable_grad():
                     g = _edges(gradient(kind, part, theta, of_batch))
             v = _grad(g, [*of_batch, *theta.values()], g_bar)
-            total[part][kind.batch] = [_plus(x, y) for x, y in zip(sums, v[: len(sums)], strict=True)]
+            total[part][kind.batch] = _plus(sums, v[: len(sums)])
             of_theta = shards.plus(of_theta, v[len(sums) :], u_theta)
             del g, v
         assert of_theta is not None
@@ -226,5 +226,8 @@ def _owned(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[
     return owned
 
 
-def _plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return x if y is None else y if x is None else x + y
+def _plus(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The sums, in one launch; None is zero."""
+    two = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+    sums = iter(torch._foreach_add([x for x, _ in two], [y for _, y in two]) if two else ())
+    return [y if x is None else x if y is None else next(sums) for x, y in zip(xs, ys, strict=True)]
