@@ -86,6 +86,22 @@ def has_zero_sums(g: Tensor) -> bool:
     return type(g) is Tensor and getattr(g, "zero_sums", None) == g._version
 
 
+# A tensor that a Function returns twice, once more for who reads it in a gradient: what it is due as that arrives by
+# itself, and is read as a second summand instead of being added up in a pass of its own.
+
+
+def mark_again(t: Tensor, again: Tensor | None) -> None:
+    """`again` is what t is to be read as in gradients, as long as t is not written to."""
+    if again is not None and type(t) is Tensor:
+        t.again = again, t._version  # type: ignore[attr-defined]
+
+
+def read_again(t: Tensor) -> Tensor | None:
+    """What t was marked with; not where hooks are to act on all that t is due."""
+    again, version = getattr(t, "again", (None, None))
+    return again if version == t._version and not t._backward_hooks else None
+
+
 _left_out = False  # likewise
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels import launch
+from l2t_fast.kernels.layers.autograd import mark_again
 from l2t_fast.kernels.layers.batch_norm import BatchNorm, batch_statistics, fused, normalised, untraced
 
 _T = Tensor
@@ -62,10 +63,10 @@ class Input(NamedTuple):
         if self.evaluating:
             read = (self.x, self.gamma, self.beta, *self.statistics, self.addend, relu, self.eps)
             return (make or normalised)(*read)
-        y: Tensor = BatchNorm.apply(self.x, self.gamma, self.beta, self.eps, self.addend, relu, self.statistics, make)[
-            0
-        ]
-        return y
+        arguments = (self.x, self.gamma, self.beta, self.eps, self.addend, relu, self.statistics, make)
+        y, *_, again = BatchNorm.apply(*arguments)
+        mark_again(y, again)
+        return y  # type: ignore[no-any-return]
 
 
 def may_wait(x: Tensor) -> bool:
