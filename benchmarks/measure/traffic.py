@@ -9,8 +9,9 @@ those of any.
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -87,7 +88,7 @@ def _as_on_cuda(found: Traffic, precision: str) -> Iterator[None]:
     def pools(x: Tensor, geometry: Any) -> bool:
         return precision != "fp32" and type(x) is Tensor
 
-    matching = triton_launch if precision != "fp32" else ops.aten
+    matching = _counted_inside(triton_launch, found) if precision != "fp32" else ops.aten
     replaced = [
         *((module, "fused", dense) for module in (batch_norm, pending)),
         (batch_norm, "batch_statistics", statistics),
@@ -106,8 +107,22 @@ def _as_on_cuda(found: Traffic, precision: str) -> Iterator[None]:
         yield
 
 
+def _counted_inside(module: ModuleType, found: Traffic) -> Any:
+    """The matching operators of `module`: a mode does not look inside an operator of ours by itself."""
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*arguments: Any) -> Any:
+            with _Operations(found):
+                return function(*arguments)
+
+        return inside
+
+    names = ("matching_distances", "matching_gradient", "matching_adjoint")
+    return SimpleNamespace(**{name: counted(getattr(module, name)) for name in names})
+
+
 class _Operations(TorchDispatchMode):
-    """Notes what reaches ATen, but for the matching operators, whose own operations do."""
+    """Notes what reaches ATen; what the matching operators do inside is noted by `_counted_inside`."""
 
     def __init__(self, found: Traffic) -> None:
         super().__init__()
@@ -117,7 +132,7 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         if not (func.is_view or name in FREE or func.namespace == "l2t" or name == "aten::detach"):
-            self._found.note(name, (args, kwargs, result))
+            self._found.note(name, result if name in _FILLS else (args, kwargs, result))
             if name in _TWO_PASSES:
                 self._found.note(name, (args, kwargs))
         return result
@@ -125,3 +140,5 @@ class _Operations(TorchDispatchMode):
 
 # Two kernels on CUDA, each of which reads all.
 _TWO_PASSES = {"aten::_native_batch_norm_legit", "aten::native_batch_norm_backward"}
+# These look at the shape alone of what they are given.
+_FILLS = {"aten::new_zeros", "aten::zeros_like", "aten::ones_like", "aten::as_strided_"}

@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 from benchmarks.rows import RESULTS
 from benchmarks.shapes import MATCHING_SHAPES
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.layers import batch_norm_triton, max_pool_triton
+from l2t_fast.kernels.layers import batch_norm_kernels, batch_norm_triton, max_pool_triton
 from l2t_fast.kernels.matching import triton_launch
 from l2t_fast.kernels.sgd import triton_kernels as sgd
 from l2t_fast.kernels.sgd.rule import SGD
@@ -55,6 +55,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 
@@ -86,7 +87,7 @@ class Binary:
         channels_last = self.layout == "channels_last"
         products = self.kernel.startswith("difference") and self.arithmetic != "ieee"
         # SGD goes through parameters as they lie in memory, whatever the features' layout.
-        flat, small = self.kernel.startswith("sgd"), self.kernel.startswith("norm coefficients")
+        flat, small = self.kernel.startswith("sgd"), self.kernel.startswith(("norm coefficients", "norm running"))
         tiles = channels_last and not small and (products or self.kernel.startswith(("norm", "max pool")))
         checks = {
             f"it spills {self.spills}": self.spills > (ASIDE if self.registers < 255 else 0),
@@ -144,10 +145,10 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
         part = function.__name__.removesuffix("_kernel")
         if function.fn.__module__ == sgd.__name__:
             name = f"sgd {part}"
-        elif function.fn.__module__ == batch_norm_triton.__name__:
-            flags = [flag.lower() for flag in ("FIRST", "ADDEND") if arguments.get(flag)]
+        elif function.fn.__module__ == batch_norm_kernels.__name__:
+            flags = [flag.lower() for flag in ("FIRST", "ADDEND", "ALSO", "PLUS") if arguments.get(flag)]
             name = " ".join([f"norm {part}", *flags, *["", "relu by x", "relu by y"][arguments.get("MASK", 0) :][:1]])
-            name = name.strip()
+            name = f"{name.strip()}{' of a variance' if arguments.get('EPS') and 'ADDEND' in arguments else ''}"
         elif function.fn.__module__ == max_pool_triton.__name__:
             name = f"{part.replace('_', ' ')} {arguments['KH']} at {arguments['SH']}"
         else:
@@ -164,10 +165,17 @@ def kernels(case: str, arithmetic: str, layout: str, arch: str) -> list[Kernel]:
         channel = empty(T[0].shape[1], dtype=torch.float32)
         of_x = (T[0], *[channel] * 3)
         batch_norm_triton.forward(T[0], *[channel] * 4, T[0], True)
+        batch_norm_triton.forward(T[0], *[channel] * 4, T[0], True, 1e-5)
+        tracked = empty(dtype=torch.int64)
+        batch_norm_triton.track(T[0], channel, channel, 1e-5, channel, channel, tracked, 0.1)
         for mask in (None, (channel, None), (channel, T[0])):
-            batch_norm_triton.gradient(T[0], *of_x, mask, T[0], passed=mask is not None and mask[1] is not None)
+            passed = mask is not None and mask[1] is not None
+            batch_norm_triton.gradient(T[0], *of_x, mask, T[0], passed)
+            batch_norm_triton.gradient(T[0], *of_x, mask, T[0], passed, channel, T[0])
             u_passed = None if mask is None else mask[1]
-            batch_norm_triton.adjoint(T[0], channel, channel, T[0], *of_x, channel, channel, True, mask, u_passed)
+            for also in (None, T[0]):
+                us = (T[0], channel, channel, T[0], *of_x, channel, channel)
+                batch_norm_triton.adjoint(*us, True, mask, u_passed, also)
         if layout == "channels_last":  # what the matching operators make of any features; ATen pools what is contiguous
             triton_launch.matching_distances(T, S, r, bias, *indices)
             triton_launch.matching_gradient(T, S, r, bias, a, *indices, True)

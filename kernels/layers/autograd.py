@@ -86,6 +86,51 @@ def has_zero_sums(g: Tensor) -> bool:
     return type(g) is Tensor and getattr(g, "zero_sums", None) == g._version
 
 
+# A tensor that a Function returns twice, once more for who reads it in a gradient: what it is due as that arrives by
+# itself, and is read as a second summand instead of being added up in a pass of its own.
+
+
+def mark_again(t: Tensor, again: Tensor | None) -> None:
+    """`again` is what t is to be read as in gradients, as long as t is not written to."""
+    if again is not None and type(t) is Tensor:
+        t.again = again, t._version  # type: ignore[attr-defined]
+
+
+def read_again(t: Tensor) -> Tensor | None:
+    """What t was marked with; not where hooks are to act on all that t is due."""
+    again, version = getattr(t, "again", (None, None))
+    return again if version == t._version and not t._backward_hooks else None
+
+
+_left_out = False  # likewise
+
+
+@contextmanager
+def zeros_left_out() -> Iterator[None]:
+    """In gradients taken inside, None is zero for parameters that `may_lack` one: no buffer of zeros is filled."""
+    global _left_out
+    before, _left_out = _left_out, True
+    try:
+        yield
+    finally:
+        _left_out = before
+
+
+def may_lack(p: Tensor, unwatched: bool) -> None:
+    """Says of a parameter, or what stands in for one, whether nobody but the engine sees its gradient."""
+    p.unwatched = unwatched  # type: ignore[attr-defined]
+
+
+def is_unwatched(p: Tensor) -> bool:
+    """Whether `may_lack` said so; not in a pass that someone's own backward makes, who may want the gradient there."""
+    return getattr(p, "unwatched", False) and torch._C._current_graph_task_id() == -1
+
+
+def is_left_out(p: Tensor) -> bool:
+    """Whether the gradient of this unwatched p, which is zero, is None; hooks may have come since."""
+    return _left_out and not p._backward_hooks
+
+
 # Parameters in lower precision, all at once: many small casts would cost a launch each.
 
 

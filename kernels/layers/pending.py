@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.layers.batch_norm import BatchNorm, batch_statistics, fused, normalised
+from l2t_fast.kernels.layers.autograd import mark_again
+from l2t_fast.kernels.layers.batch_norm import BatchNorm, batch_statistics, fused, normalised, untraced
 
 _T = Tensor
 _RELU: dict[Callable[..., Any], bool] = {  # whether it is in place, where it does not say so itself
@@ -50,30 +51,40 @@ class Input(NamedTuple):
     gamma: Tensor
     beta: Tensor
     eps: float
-    statistics: tuple[Tensor, Tensor]  # μ, 1/σ [C] of x
+    statistics: tuple[Tensor, Tensor]  # μ, 1/σ [C] of x; in evaluation mode μ, σ² − ε, and there is no graph
+    evaluating: bool = False
     addend: Tensor | None = None  # [B, C, H, W]
 
     def versions(self) -> list[int]:
-        return [t._version for t in (self.x, self.gamma, self.beta, self.addend) if t is not None]
+        read = (self.x, self.gamma, self.beta, self.addend, *self.statistics)
+        return [t._version for t in read if t is not None]
 
     def apply(self, relu: bool, make: Callable[..., Tensor] | None = None) -> Tensor:
-        y: Tensor = BatchNorm.apply(self.x, self.gamma, self.beta, self.eps, self.addend, relu, self.statistics, make)[
-            0
-        ]
-        return y
+        if self.evaluating:
+            read = (self.x, self.gamma, self.beta, *self.statistics, self.addend, relu, self.eps)
+            return (make or normalised)(*read)
+        arguments = (self.x, self.gamma, self.beta, self.eps, self.addend, relu, self.statistics, make)
+        y, *_, again = BatchNorm.apply(*arguments)
+        mark_again(y, again)
+        return y  # type: ignore[no-any-return]
 
 
 def may_wait(x: Tensor) -> bool:
-    """Whether the y of this x may; compilers and torch.func take it at once."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return fused(x)
+    """Whether the y of this x may; compilers and torch.func take it at once, and in inference mode nothing counts
+    what is written.
+    """
+    return untraced() and fused(x) and not (torch.is_inference_mode_enabled() or x.is_inference())
 
 
 def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """As `batch_norm.batch_norm`, of an x that Triton computes on, with a y that waits."""
     mean, rstd = batch_statistics(x.detach(), eps)
     return _waiting(Input(x, gamma, beta, eps, (mean, rstd))), mean, rstd
+
+
+def evaluated(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, mean: Tensor, variance: Tensor) -> Tensor:
+    """Of an x that Triton computes on, in evaluation mode and without gradients: y, which waits."""
+    return _waiting(Input(x, gamma, beta, eps, (mean, variance), evaluating=True))
 
 
 def _waiting(given: Input) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from l2t_fast.kernels.layers import pending
 from l2t_fast.kernels.layers.autograd import plain_suffices
-from l2t_fast.kernels.layers.batch_norm import batch_norm
+from l2t_fast.kernels.layers.batch_norm import batch_norm, track_
 from l2t_fast.kernels.layers.convolution import convolution
 from l2t_fast.kernels.layers.max_pool import max_pool
 from l2t_fast.kernels.layers.sync_batch_norm import SyncBatchNorm
@@ -160,19 +160,13 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if plain_suffices(input) or not _normalises(self, input):
-            return nn.BatchNorm2d.forward(self, input)
+            return _evaluated(self, input) if _evaluates(self, input) else nn.BatchNorm2d.forward(self, input)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         y, mean, rstd = _normalised(self, input)
-        # float32 already, but for compiled bfloat16 on a CPU
-        mean, rstd = mean.to(self.running_mean.dtype), rstd.to(self.running_var.dtype)
-        count = input.numel() // input.shape[1]
-        variance = (rstd.pow(-2) - self.eps) * (count / (count - 1))  # unbiased
-        self.num_batches_tracked.add_(1)
-        momentum = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance, momentum)
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        track_(input, mean, rstd, self.eps, running, self.momentum)
         return y
 
 
@@ -211,22 +205,39 @@ def _pads_by_number(layer: nn.Conv2d) -> bool:
 
 
 def _normalises(layer: nn.BatchNorm2d, x: Tensor) -> bool:
+    several = x.numel() > x.shape[1]  # the ordinary forward pass raises for one value per channel
+    return layer.training and layer.track_running_stats and several and _takes(layer, x)
+
+
+def _evaluates(layer: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether y may wait: in evaluation mode, where gradients are off, as in a source."""
+    frozen = not layer.training and layer.running_mean is not None and not torch.is_grad_enabled()
+    return frozen and x.numel() > 0 and _takes(layer, x) and not _hooked(layer) and pending.may_wait(x)
+
+
+def _takes(layer: nn.BatchNorm2d, x: Tensor) -> bool:
     if layer.weight is None:
         return False
-    several = x.numel() > x.shape[1]  # the ordinary forward pass raises for one value per channel
     full = layer.weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
     mixed = layer.weight.dtype == torch.float32 and x.dtype == torch.bfloat16
-    tracked = layer.training and layer.track_running_stats
-    return tracked and several and x.dim() == 4 and (full or mixed) and not _autocast(x)
+    return x.dim() == 4 and (full or mixed) and not _autocast(x)
 
 
 def _normalised(layer: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, 1/σ) with batch statistics; y may wait for a ReLU, but not where a hook would see it."""
-    hooked = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    waits = not hooked and pending.may_wait(x)
-    if waits:
+    if not _hooked(layer) and pending.may_wait(x):
         return pending.batch_norm(x, layer.weight, layer.bias, layer.eps)
     return batch_norm(x, layer.weight, layer.bias, layer.eps)  # type: ignore[no-any-return]
+
+
+def _evaluated(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return pending.evaluated(x, layer.weight, layer.bias, layer.eps, layer.running_mean, layer.running_var)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _as_weight(x: Tensor, weight: Tensor) -> Tensor:

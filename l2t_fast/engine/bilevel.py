@@ -11,6 +11,7 @@ from l2t_fast.choices import Memory, Scheme
 from l2t_fast.engine.inner_step import Theta
 from l2t_fast.engine.shards import WHOLE, Part, Shards
 from l2t_fast.engine.update import Kept, Update
+from l2t_fast.kernels.layers.autograd import zeros_left_out
 from l2t_fast.learner.hooks import sweeping
 
 Outer = Callable[[int, Theta], Tensor]  # (part, θ) -> ω L_meta
@@ -123,7 +124,7 @@ def meta_gradient(
                 with torch.enable_grad():
                     g = _edges(gradient(kind, part, theta, of_batch))
             v = _grad(g, [*of_batch, *theta.values()], g_bar)
-            total[part][kind.batch] = [_plus(x, y) for x, y in zip(sums, v[: len(sums)], strict=True)]
+            total[part][kind.batch] = _plus(sums, v[: len(sums)])
             of_theta = shards.plus(of_theta, v[len(sums) :], u_theta)
             del g, v
         assert of_theta is not None
@@ -202,7 +203,7 @@ def _grad(
     variables = [x for x in inputs if x.requires_grad]
     if not outputs or not variables:
         return [None] * len(inputs)
-    with sweeping():
+    with sweeping(), zeros_left_out():
         ends, us = list(outputs.values()), [cotangents[name] for name in outputs]
         grads = iter(torch.autograd.grad(ends, variables, us, allow_unused=True))
     return [next(grads) if x.requires_grad else None for x in inputs]
@@ -225,5 +226,8 @@ def _owned(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[
     return owned
 
 
-def _plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return x if y is None else y if x is None else x + y
+def _plus(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The sums, in one launch; None is zero."""
+    two = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+    sums = iter(torch._foreach_add([x for x, _ in two], [y for _, y in two]) if two else ())
+    return [y if x is None else x if y is None else next(sums) for x, y in zip(xs, ys, strict=True)]

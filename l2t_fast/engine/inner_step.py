@@ -15,7 +15,7 @@ from torch import Tensor
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels.beside import joined
-from l2t_fast.kernels.layers.autograd import constant_primals, differentiated_once
+from l2t_fast.kernels.layers.autograd import constant_primals, differentiated_once, zeros_left_out
 from l2t_fast.kernels.matching import ops
 from l2t_fast.learner.attributes import apart, read_attributes, set_attributes
 from l2t_fast.learner.learner import L2T, Networks
@@ -241,7 +241,7 @@ class _PullBack:
         found: Sequence[Any] = [None] * len(inputs)
         if reached and inputs:
             ys, us = zip(*reached, strict=True)
-            with constant_primals() if self._constant else nullcontext():
+            with zeros_left_out(), constant_primals() if self._constant else nullcontext():
                 found = torch.autograd.grad(ys, inputs, us, create_graph=torch.is_grad_enabled(), allow_unused=True)
         grads = iter(found)
         ours, theirs = ({name: next(grads) for name in tensors} for tensors in (self.target, self.heads))

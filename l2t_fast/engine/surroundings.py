@@ -1,6 +1,6 @@
 """What a forward pass of the target reads and changes beside θ: buffers, Python attributes, random generators."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,10 @@ class Buffers:
         """copied: False where their values are never put back."""
         self._network = network
         self._tables = _tables(network, left_out)
-        self._held = [
-            (table, key, buffer, buffer.clone() if copied else buffer)
-            for table, held in self._tables
-            for key, buffer in held.items()
-            if buffer is not None
-        ]
+        held = [(t, key, b) for t, buffers in self._tables for key, b in buffers.items() if b is not None]
+        buffers = [buffer for *_, buffer in held]
+        values = _clones(buffers) if copied else buffers
+        self._held = [(*place, value) for place, value in zip(held, values, strict=True)]
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -48,6 +46,18 @@ class Buffers:
         for dtype in {buffer.dtype for buffer in given.values()}:
             names = [name for name, buffer in given.items() if buffer.dtype == dtype]
             torch._foreach_copy_([own[name] for name in names], [given[name] for name in names])
+
+
+@torch.no_grad()
+def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies; those of plain tensors of a dtype in one launch."""
+    plain = [type(x) is Tensor and x.layout == torch.strided for x in tensors]
+    clones = [torch.empty_like(x) if one else x.clone() for x, one in zip(tensors, plain, strict=True)]
+    pairs = [two for *two, one in zip(clones, tensors, plain, strict=True) if one]
+    for dtype in dict.fromkeys(x.dtype for x, _ in pairs):
+        of_dtype = [two for two in pairs if two[0].dtype == dtype]
+        torch._foreach_copy_([x for x, _ in of_dtype], [x for _, x in of_dtype])
+    return clones
 
 
 class RealSurroundings:

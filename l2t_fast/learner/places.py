@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from l2t_fast.kernels.layers.autograd import may_lack
+
 Slot = tuple[Any, Any]  # a dictionary or list, and the key or index in it
 
 
@@ -45,8 +47,9 @@ class Places:
         before: list[tuple[Any, Any, Any]] = [(holder, key, holder[key]) for holder, key in self._holders]
         placed = self._buffer_slots(buffers)
         try:
-            for tensor in parameters.values():
+            for name, tensor in parameters.items():
                 tensor._is_param = True  # `isinstance(w, nn.Parameter)` holds, as for the one that it stands in for
+                may_lack(tensor, not self.parameters[name]._backward_hooks)
             for tensors, slots in ((parameters, self._slots), (buffers, placed)):
                 for name, tensor in tensors.items():
                     for holder, key in slots[name]:

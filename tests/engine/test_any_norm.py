@@ -48,6 +48,26 @@ class Listening(nn.Module):
         return out
 
 
+def hooked_bias() -> nn.Module:
+    """A hook on a bias in front of a BatchNorm, whose gradient is zero but for what the hook makes of it."""
+    block = Block()
+    block.c.bias.register_hook(lambda g: g + 0.3)
+    return block
+
+
+class Doubled(nn.Module):
+    """A bias in front of a BatchNorm that is used by a second layer too, where its gradient is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.d = nn.Conv2d(4, 4, 1)
+        self.d.bias = self.c.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.d(F.relu(self.n(self.c(x)))))
+
+
 def evaluating() -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(4).eval(), nn.ReLU())
 
@@ -58,7 +78,7 @@ def network(middle: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=3), nn.BatchNorm2d(4), nn.ReLU(), middle, *head).double()
 
 
-@ways([Block, Listening, evaluating])
+@ways([Block, Listening, evaluating, hooked_bias, Doubled])
 def test_trains_as_the_oracle(case: type[nn.Module], way: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: Counter[str] = on_triton(monkeypatch)
     assert_same_training(lambda: network(case()), way, ("2",), steps=1)

@@ -1,4 +1,4 @@
-"""BatchNorms computed by Triton also where there is no GPU, in the interpreter."""
+"""Layers as they are on CUDA also where there is no GPU, with Triton's BatchNorms in the interpreter."""
 
 from collections import Counter
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.layers import batch_norm, batch_norm_triton, pending, twins
+from l2t_fast.kernels.layers import batch_norm, batch_norm_triton, convolution, pending, twins
 
 
 def on_triton(patch: pytest.MonkeyPatch) -> Counter[str]:
@@ -26,6 +26,7 @@ def on_triton(patch: pytest.MonkeyPatch) -> Counter[str]:
     for module in (batch_norm, pending):
         patch.setattr(module, "fused", fused)
     patch.setattr(twins, "plain_suffices", lambda x: False)
+    patch.setattr(convolution, "leaves_out_zero_sums", convolution.has_zero_sums)
     patch.setattr(launch, "launch", counted)
     if not torch.cuda.is_available():
         patch.setattr(batch_norm_triton, "ELEMENTS", 256)

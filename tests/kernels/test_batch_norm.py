@@ -158,6 +158,24 @@ def test_with_relu_in_lower_precision(features: torch.dtype, factor: float, summ
         assert error <= factor * theirs + 1e-6
 
 
+@pytest.mark.parametrize("summand", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_second_summands(layout: Any, summand: bool) -> None:
+    """Of cotangents, read where their sum is due, and of the gradient of γ."""
+    p = with_relu(SHAPES[1], torch.float64, layout, summand)
+    of_x = (p["x"], p["gamma"], p["mean"], p["rstd"])
+    also, plus_gamma = p["u"].roll(2, 1), p["u_gamma"].roll(2)
+    wanted = list(batch_norm_triton.gradient(p["g"] + also, *of_x, p["mask"], p["plus"], summand))
+    wanted[1] = wanted[1] + plus_gamma
+    found = batch_norm_triton.gradient(p["g"], *of_x, p["mask"], p["plus"], summand, plus_gamma, also)
+    rest = (p["u_gamma"], p["u_beta"], p["g"], *of_x, *wanted[1:3], True, p["mask"], p["u_passed"])
+    wanted += batch_norm_triton.adjoint(p["u"] + also, *rest)
+    for ours, theirs in zip((*found, *batch_norm_triton.adjoint(p["u"], *rest, also)), wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
 def test_nan_passes() -> None:
     """As in PyTorch's ReLU, forward and backward: a training that diverges is to be seen."""
     p = with_relu((2, 3, 4, 5), torch.float64, torch.contiguous_format, summand=False)

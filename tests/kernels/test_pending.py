@@ -177,6 +177,63 @@ def test_the_same_in_all_three_orders(use: Use, computed: int, launched: Counter
     assert launched["normalise"] == computed
 
 
+@pytest.mark.parametrize(("use", "computed"), USES.values(), ids=USES)
+def test_the_same_in_evaluation_mode(use: Use, computed: int, launched: Counter[str]) -> None:
+    """Where gradients are off, as in a source: one pass over memory, by the running statistics, which stay."""
+    torch.manual_seed(0)
+    network = Layer(use, eps=1e-2).double().to(DEVICE).eval()
+    for t in (network.n.running_mean, network.n.running_var, *network.parameters()):
+        t.data.uniform_(0.2, 2.0)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, device=DEVICE)
+    with torch.no_grad():
+        wanted = network(x)
+        with Twins(network).taken(simulated=False):
+            found = network(x)
+        torch.testing.assert_close(found + 0, wanted, rtol=1e-12, atol=1e-12)
+    assert launched == ({"normalise": computed} if computed else {})
+
+
+def test_evaluation_mode_in_inference_mode_and_with_hooks(launched: Counter[str]) -> None:
+    """Nothing waits: what is written is not counted there, and a hook sees what PyTorch's BatchNorm gives."""
+    network = Layer(lambda y, s: F.relu(y) + s).double().to(DEVICE).eval()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, device=DEVICE)
+    with torch.inference_mode(), Twins(network).taken(simulated=False):
+        found = network(x)
+    seen: list[Tensor] = []
+    network.n.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad(), Twins(network).taken(simulated=False):
+        torch.testing.assert_close(network(x), found)
+    assert type(seen[0]) is Tensor
+    assert not launched
+
+
+def test_running_statistics_overwritten_in_between(launched: Counter[str]) -> None:
+    def use(y: Tensor, s: Tensor) -> Tensor:
+        network.n.running_var.mul_(2.0)
+        return F.relu(y)
+
+    network = Layer(use).double().to(DEVICE).eval()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, device=DEVICE)
+    with torch.no_grad(), Twins(network).taken(simulated=False), pytest.raises(L2TError, match="overwritten in place"):
+        network(x)
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.0, None])
+def test_running_statistics(momentum: float | None, launched: Counter[str]) -> None:
+    """Those of a pass, and the number of batches, in one launch; of several passes."""
+    ours = nn.BatchNorm2d(20, eps=1e-2, momentum=momentum).double().to(DEVICE)
+    theirs, x = copy.deepcopy(ours), torch.randn(3, 20, 2, 3, dtype=torch.float64, device=DEVICE)
+    versions = [b._version for b in ours.buffers()]
+    for scale in (1.0, 3.0):
+        theirs(scale * x)
+        with Twins(ours).taken(simulated=False):
+            ours(scale * x)
+    for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert all(b._version > before for b, before in zip(ours.buffers(), versions, strict=True))
+    assert launched["running"] == (0 if momentum is None else 2)
+
+
 @pytest.mark.parametrize("name", ["sum", "sum in place", "sum, the other way", "two readers", "twice itself"])
 def test_a_shortcut_with_a_norm(name: str, launched: Counter[str]) -> None:
     compare(Layer(USES[name][0], shortcut_norm=True))
@@ -186,7 +243,7 @@ def test_relu_and_sum_are_part_of_the_launches(launched: Counter[str]) -> None:
     """A BatchNorm with what follows is one launch forward (after its statistics), three for each gradient."""
     compare(Layer(inplace))
     # The gradient, its adjoint, and in the same sweep the gradient once more, which takes in what the adjoint left.
-    assert launched == {"normalise": 1, "sums": 3, "coefficients": 3, "combine": 3}
+    assert launched == {"normalise": 1, "sums": 3, "coefficients": 3, "combine": 3, "running": 1}
 
 
 def test_modes_and_hooks(launched: Counter[str]) -> None:
