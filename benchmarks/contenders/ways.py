@@ -177,9 +177,10 @@ def ways_of(
     modes: Sequence[Mode],
     precisions: Sequence[Precision] = PRECISIONS,
 ) -> list[Way]:
-    """All ways that the device may have, the most telling first; on a CPU neither low precisions nor graphs."""
+    """All ways that the device may have, the most telling first; on a CPU neither TF32 nor graphs."""
     if device.type == "cpu":
-        return [REFERENCE, *([Way("official")] if checkout else []), Way(), Way(memory="recompute")]
+        ours = [Way(), Way(memory="recompute"), *(Way(precision=p) for p in precisions if p == "bf16")]
+        return [REFERENCE, *([Way("official")] if checkout else []), *ours]
     theirs: list[Precision] = [p for p in ("fp32", "tf32") if checkout and p in precisions]  # it knows no other
     official_too = [Way("official", precision=p) for p in theirs]
     ways = [REFERENCE, *official_too, *(Way(mode=mode, precision=p) for mode in modes for p in precisions)]

@@ -24,7 +24,7 @@ from benchmarks.cases import Case
 from l2t_fast import Engine
 from l2t_fast.engine.counts import FREE
 from l2t_fast.kernels import launch
-from l2t_fast.kernels.layers import batch_norm, convolution, max_pool, pending, twins
+from l2t_fast.kernels.layers import batch_norm, convolution, few_places, max_pool, pending, twins
 from l2t_fast.kernels.matching import ops, triton_launch
 from l2t_fast.kernels.sgd import step as sgd
 
@@ -97,6 +97,8 @@ def _as_on_cuda(found: Traffic, precision: str) -> Iterator[None]:
         (sgd, "fused", lambda tensors: True),
         (convolution, "leaves_out_zero_sums", convolution.has_zero_sums),
         (twins, "plain_suffices", lambda x: False),
+        (few_places, "_helps", lambda x, w, groups: False),
+        *((module, "turns", lambda x: False) for module in (max_pool, twins)),
         (ops, "implementation", lambda feature: matching),
         (launch, "launch", noted),
         (launch, "device_properties", lambda device: DEVICE),

@@ -218,7 +218,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_row_arguments(parser)
     add_case_arguments(parser)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the engine, on a GPU")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="on a GPU")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="a CPU has no TF32"
+    )
     parser.add_argument("--by", nargs="+", choices=BY, default=list(BY), help="whose iterations (default: all)")
     parser.add_argument(
         "--others", action="store_true", help="also the meta-gradient alone, by higher and TorchOpt too"
@@ -231,7 +233,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Each case in turn."""
     device = begin("iterations", arguments)
     torch.backends.cudnn.benchmark = True  # as the official code has it; for all alike
-    rates = device_rates(("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32",), device)
+    rates = device_rates(("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"), device)
     append(arguments.output, rates_row(rates))
     for case in chosen_cases(arguments):
         start = perf_counter()

@@ -20,6 +20,7 @@ from l2t_fast.kernels.layers.autograd import (
     is_unwatched,
     read_again,
 )
+from l2t_fast.kernels.layers.few_places import few_places, weight_gradient
 
 _aten = torch.ops.aten
 
@@ -154,6 +155,11 @@ def _convolve_backward(
     stride, padding, dilation, groups = geometry
     if not any(mask):
         return None, None, None
+
+    if mask[1] and few_places(g, w, groups):
+        g_x, _, _ = _convolve_backward(g, x, w, (mask[0], False, False), geometry)
+        of_weight, of_bias = weight_gradient(g, x, w, stride, padding, dilation)
+        return g_x, of_weight, of_bias if mask[2] else None
 
     def backward(*mask: bool) -> tuple[Tensor | None, ...]:
         sizes = [w.shape[0]]

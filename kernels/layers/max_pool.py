@@ -36,6 +36,9 @@ class MaxPool(torch.autograd.Function):
             from l2t_fast.kernels.layers import max_pool_triton
 
             return max_pool_triton.forward(x, geometry)
+        if turns(x):
+            y, places = _aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *geometry)
+            return y.clone(memory_format=torch.contiguous_format), places.clone(memory_format=torch.contiguous_format)
         return _aten.max_pool2d_with_indices(x, *geometry)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -103,6 +106,14 @@ def _gathered(u: Tensor, x: Tensor, places: Tensor) -> Tensor:
     rows = u.permute(0, 2, 3, 1).reshape(batch, -1, channels)  # [B, H·W, C]
     flat = places.permute(0, 2, 3, 1).reshape(batch, h * w, channels)
     return rows.gather(1, flat).view(batch, h, w, channels).permute(0, 3, 1, 2)
+
+
+def turns(x: Tensor) -> bool:
+    """Whether x is laid out as channels_last first, and y back: in NCHW a CPU compares number by number.
+
+    With the copies it is some three times as fast, from as many channels on as fill a vector.
+    """
+    return x.device.type == "cpu" and type(x) is Tensor and x.dim() == 4 and x.shape[1] >= 8 and x.is_contiguous()
 
 
 def fused(x: Tensor, geometry: Sequence[Any]) -> bool:

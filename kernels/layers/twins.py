@@ -20,7 +20,8 @@ from l2t_fast.kernels.layers import pending
 from l2t_fast.kernels.layers.autograd import plain_suffices
 from l2t_fast.kernels.layers.batch_norm import batch_norm, track_
 from l2t_fast.kernels.layers.convolution import convolution
-from l2t_fast.kernels.layers.max_pool import max_pool
+from l2t_fast.kernels.layers.few_places import will_be_few
+from l2t_fast.kernels.layers.max_pool import max_pool, turns
 from l2t_fast.kernels.layers.sync_batch_norm import SyncBatchNorm
 
 
@@ -141,8 +142,11 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         input = _as_weight(input, self.weight)
-        own = plain_suffices(input) or not _pads_by_number(self) or input.dim() != 4
-        if own or input.dtype != self.weight.dtype or _autocast(input):
+        own = not _pads_by_number(self) or input.dim() != 4
+        plain = plain_suffices(input) and not (
+            torch.is_grad_enabled() and will_be_few(input, self.weight, self.stride, self.groups)
+        )
+        if own or plain or input.dtype != self.weight.dtype or _autocast(input):
             return nn.Conv2d.forward(self, input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return convolution(input, self.weight, self.bias, *geometry)  # type: ignore[no-any-return]
@@ -188,7 +192,7 @@ class MaxPool2d(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         known = input.dtype in (torch.float32, torch.float64, torch.bfloat16)
-        own = plain_suffices(input) or self.return_indices or input.dim() != 4
+        own = (plain_suffices(input) and not turns(input)) or self.return_indices or input.dim() != 4
         if own or not known or _autocast(input):
             return nn.MaxPool2d.forward(self, input)  # type: ignore[no-any-return]
         pairs = (_pair(n) for n in (self.kernel_size, self.stride or self.kernel_size, self.padding, self.dilation))

@@ -161,8 +161,9 @@ def _difference(
 ) -> Tensor:
     """d = r T + bias − R(S) of the pairs in `group`, stacked along channels: [B, ΣC_s, HW]."""
     T, size = feature.flatten(2), feature.shape[-2:]
-    S = [resize(sources[source_of[p]], size) - biases[p].to(T.dtype)[None, :, None, None] for p in group]
-    stacked = torch.cat(S, 1).flatten(2)  # [B, ΣC_s, HW]
+    bias = torch.cat([biases[p] for p in group]).to(T.dtype)[:, None, None]  # [ΣC_s, 1, 1]
+    S = torch.cat([resize(sources[source_of[p]], size) for p in group], 1)  # [B, ΣC_s, H, W], of its own
+    stacked = S.sub_(bias).flatten(2)  # [B, ΣC_s, HW]
     r = _stacked(projections, group, T)
     if stacked.is_contiguous():
         return stacked.baddbmm_(r, T, beta=-1)

@@ -23,10 +23,14 @@ def sgd_step(
 
         return triton_kernels.step(theta, v, g, lr, rule)
     grads = [torch.zeros_like(p) if x is None else x for p, x in zip(theta, g, strict=True)]
-    decayed = torch._foreach_add(grads, list(theta), alpha=rule.weight_decay)
-    new_v = torch._foreach_add(decayed, list(v), alpha=rule.momentum)
-    update = torch._foreach_add(decayed, new_v, alpha=rule.momentum) if rule.nesterov else new_v
-    return list(torch._foreach_sub(list(theta), torch._foreach_mul(update, lr))), list(new_v)
+    update = torch._foreach_add(grads, list(theta), alpha=rule.weight_decay)
+    if rule.nesterov:
+        new_v = torch._foreach_add(update, list(v), alpha=rule.momentum)
+        torch._foreach_add_(update, new_v, alpha=rule.momentum)
+    else:
+        new_v = update
+        torch._foreach_add_(new_v, list(v), alpha=rule.momentum)
+    return _minus(theta, update, lr), list(new_v)
 
 
 def sgd_step_(theta: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor | None], lr: Tensor, rule: SGD) -> None:
@@ -59,13 +63,28 @@ def sgd_adjoint_(
         from l2t_fast.kernels.sgd import triton_kernels
 
         return triton_kernels.adjoint(u_theta, u_v, dtypes, lr, rule)
-    step = torch._foreach_mul(list(u_theta), lr)
-    scaled = torch._foreach_mul(step, -rule.momentum) if rule.nesterov else torch._foreach_neg(step)
-    q = scaled if u_v is None else torch._foreach_add(list(u_v), scaled)
-    total = torch._foreach_sub(q, step) if rule.nesterov else q
+    scaled = lr * rule.momentum if rule.nesterov else lr
+    q = torch._foreach_mul(list(u_theta), -scaled) if u_v is None else _minus_(u_v, u_theta, scaled)
+    total = _minus(q, u_theta, lr) if rule.nesterov else q
     torch._foreach_add_(list(u_theta), total, alpha=rule.weight_decay)
     g_bar = [None if dtype is None else p.to(dtype) for p, dtype in zip(total, dtypes, strict=True)]
     return g_bar, list(torch._foreach_mul(q, rule.momentum))
+
+
+def _minus(x: Sequence[Tensor], y: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    """x − scale y; the scale of a CPU is a number to it, which spares a pass over memory."""
+    if scale.device.type == "cpu":
+        return list(torch._foreach_add(list(x), list(y), alpha=-scale.item()))
+    return list(torch._foreach_sub(list(x), torch._foreach_mul(list(y), scale)))
+
+
+def _minus_(x: Sequence[Tensor], y: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    """The same, as x."""
+    if scale.device.type == "cpu":
+        torch._foreach_add_(list(x), list(y), alpha=-scale.item())
+    else:
+        torch._foreach_sub_(list(x), torch._foreach_mul(list(y), scale))
+    return list(x)
 
 
 def fused(tensors: Sequence[Tensor]) -> bool:

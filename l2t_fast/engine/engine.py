@@ -23,7 +23,7 @@ from l2t_fast.engine.loss import Loss, settings_of_loss
 from l2t_fast.engine.memory import advice, within_memory
 from l2t_fast.engine.modes import Draws, check_capture, choose_mode
 from l2t_fast.engine.optimizer import EngineOptimizer
-from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible
+from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible, warning
 from l2t_fast.engine.shards import Shards
 from l2t_fast.engine.state import Trained
 from l2t_fast.engine.trials import Trials
@@ -126,6 +126,8 @@ class Engine:
         self.mode, self.why = choose_mode(mode, self._device)
         if mode == "auto":
             say(f"l2t_fast: mode '{self.mode}', {self.why}\n")
+        if warned := warning(precision, self._device):
+            say(f"l2t_fast: {warned}\n")
         self.learner, self.beta, self.inner_steps = learner, beta, inner_steps
         self.scheme, self.precision, self.memory, self.accumulate = scheme, precision, memory, accumulate
         self._auto, self._say = mode == "auto", say

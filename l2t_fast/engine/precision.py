@@ -66,6 +66,22 @@ def reproducible(device: torch.device) -> Iterator[None]:
             cudnn.deterministic = deterministic
 
 
+def bfloat16_of_cpu() -> str:
+    """The instructions that this CPU multiplies bfloat16 with; "" where it has none, or PyTorch does not know them."""
+    has = torch.cpu.get_capabilities()
+    if has.get("amx_bf16"):
+        return "AMX"
+    return "AVX512-BF16 without AMX" if has.get("avx512_bf16") else "BF16" if has.get("bf16") else ""
+
+
+def warning(precision: Precision, device: torch.device) -> str | None:
+    """What is said of a precision that has its price on this device."""
+    if precision != "bf16" or device.type != "cpu" or bfloat16_of_cpu() == "AMX":
+        return None
+    has = f"has {bfloat16_of_cpu()}" if bfloat16_of_cpu() else "is not known to have instructions for it"
+    return f"bf16 may be slower than fp32 on this CPU, which {has}: `l2t-fast doctor` measures it"
+
+
 def layout(precision: Precision) -> torch.memory_format:
     """Of images, features and convolutions: what tensor cores read, or what the user gave."""
     return torch.preserve_format if precision == "fp32" else torch.channels_last

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from l2t_fast import L2T, Engine, L2TError
-from l2t_fast.engine.precision import arithmetic
+from l2t_fast.engine.precision import arithmetic, warning
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.networks.layers import default_layers
 from l2t_fast.reference import Reference
@@ -169,3 +169,25 @@ def test_switches_are_the_engines_own(users: str) -> None:
     with contextlib.suppress(ZeroDivisionError), arithmetic("tf32", cuda):
         raise ZeroDivisionError
     assert switches() == before
+
+
+@pytest.mark.parametrize(
+    ("has", "warned"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, None),
+        ({"avx512_bf16": True}, "which has AVX512-BF16 without AMX"),
+        ({"avx2": True}, "is not known to have instructions for it"),
+    ],
+    ids=["amx", "avx512", "none"],
+)
+def test_bf16_is_warned_of_on_a_cpu_without_amx(
+    has: dict[str, bool], warned: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    told = warning("bf16", torch.device("cpu"))
+    assert (told is None) if warned is None else (told is not None and warned in told)
+    assert warning("fp32", torch.device("cpu")) is None
+    assert warning("bf16", torch.device("cuda")) is None
+    said: list[str] = []
+    Engine(learner(torch.float32, width=0.12), precision="bf16", mode="eager", say=said.append)
+    assert len(said) == (warned is not None)

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from l2t_fast.kernels.layers import max_pool as layer
 from l2t_fast.kernels.layers import max_pool_triton, twins
+from l2t_fast.kernels.layers.autograd import differentiated_once
 from l2t_fast.kernels.layers.max_pool import MaxPool, MaxPoolAdjoint, MaxPoolBackward, max_pool
 
 pytestmark = pytest.mark.core
@@ -44,6 +45,46 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 def randn(*shape: int, seed: int = 0, layout: Any = torch.contiguous_format, dtype: Any = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).contiguous(memory_format=layout)
+
+
+@geometries
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_nchw_is_pooled_in_channels_last(geometry: tuple[Any, ...], dtype: torch.dtype) -> None:
+    """On a CPU, where that is faster: the same maxima at the same places, of equal numbers and NaN too, in NCHW."""
+    for channels in (8, 7):
+        x = randn(2, channels, 9, 8, dtype=dtype).round()  # many are equal
+        x[0, 1, 2:4, 3] = float("nan")
+        with Inputs() as inputs:
+            y, places = MaxPool.apply(x, *geometry)
+        assert inputs.channels_last == [channels == 8]
+        wanted, wanted_places = aten.max_pool2d_with_indices(x, *geometry)
+        torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(places, wanted_places)
+        assert y.stride() == wanted.stride()
+        assert places.stride() == wanted_places.stride()
+
+
+class Inputs(TorchDispatchMode):
+    """Notes which images that are pooled are laid out as channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels_last: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.max_pool2d_with_indices.default:
+            self.channels_last.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_twin_pools_so_even_where_nobody_differentiates_twice() -> None:
+    pool = nn.Sequential(nn.MaxPool2d(2))
+    x = randn(2, 8, 6, 6).requires_grad_()
+    with Inputs() as inputs, twins.Twins(pool).taken(simulated=False), differentiated_once():
+        y = pool(x)
+    assert inputs.channels_last == [True]
+    plain = torch.nn.functional.max_pool2d(x, 2)
+    assert torch.equal(torch.autograd.grad(y.sin().sum(), x)[0], torch.autograd.grad(plain.sin().sum(), x)[0])
 
 
 @geometries

@@ -49,6 +49,7 @@ def test_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not (tmp_path / "runs").exists()
     if not torch.cuda.is_available():
         assert "ATen: Triton's are for GPUs" in said
+        assert "times as fast as in fp32: use " in said
 
 
 def test_a_folder_that_cannot_be_written_is_in_the_way(
@@ -116,3 +117,20 @@ def test_the_extras_are_those_of_the_package() -> None:
         for name, listed in ast.literal_eval(value).items()
     }
     assert {name: packages for name, (packages, _) in doctor.EXTRAS.items()} == extras
+
+
+@pytest.mark.parametrize(
+    ("has", "seconds", "said"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, (4.0, 1.0), "AMX, 4.0 times as fast as in fp32: use bf16"),
+        ({"avx512_bf16": True}, (1.0, 2.0), "AVX512-BF16 without AMX, 0.5 times as fast as in fp32: use fp32, "),
+        ({"amx_bf16": False, "avx512_bf16": True}, (2.0, 1.0), "AVX512-BF16 without AMX, 2.0 times as fast as"),
+        ({"avx2": True}, (1.0, 10.0), "no instructions known, 0.1 times as fast as in fp32: use fp32, "),
+    ],
+    ids=["amx", "avx512", "avx512 at full rate", "none"],
+)
+def test_bfloat16_by_what_was_measured(
+    has: dict[str, bool], seconds: tuple[float, float], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert doctor._bfloat16(*seconds).startswith(said)
