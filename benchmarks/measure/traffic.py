@@ -95,6 +95,7 @@ def _as_on_cuda(found: Traffic, precision: str) -> Iterator[None]:
         (max_pool, "fused", pools),
         (sgd, "fused", lambda tensors: True),
         (convolution, "leaves_out_zero_sums", convolution.has_zero_sums),
+        (convolution, "few_places", lambda g, w, groups: False),
         (twins, "plain_suffices", lambda x: False),
         (ops, "implementation", lambda feature: matching),
         (launch, "launch", noted),
