@@ -72,16 +72,16 @@ def sgd_adjoint_(
 
 
 def _minus(x: Sequence[Tensor], y: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
-    """x − scale y; the scale of a CPU is a number to it, which spares a pass over memory."""
+    """x − scale y; on a CPU in one pass over memory, without reading the scale here, which captures may not."""
     if scale.device.type == "cpu":
-        return list(torch._foreach_add(list(x), list(y), alpha=-scale.item()))
+        return list(torch._foreach_addcmul(list(x), list(y), [scale] * len(x), value=-1))
     return list(torch._foreach_sub(list(x), torch._foreach_mul(list(y), scale)))
 
 
 def _minus_(x: Sequence[Tensor], y: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     """The same, as x."""
     if scale.device.type == "cpu":
-        torch._foreach_add_(list(x), list(y), alpha=-scale.item())
+        torch._foreach_addcmul_(list(x), list(y), [scale] * len(x), value=-1)
     else:
         torch._foreach_sub_(list(x), torch._foreach_mul(list(y), scale))
     return list(x)
