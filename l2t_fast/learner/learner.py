@@ -219,7 +219,7 @@ class L2T(nn.Module):
         """
         if not resized:
             return list(S), self.source_of
-        resizes, of_pairs = self._resizes[bool(S) and gram.serves(S[0])]
+        resizes, of_pairs = self._resizes[len(S) > 0 and gram.serves(S[0])]
         return [resize(S[m], size) for m, size in resizes], of_pairs
 
     def _resizes_of(self, in_gram_form: bool) -> tuple[list[tuple[int, tuple[int, int]]], list[int]]:
