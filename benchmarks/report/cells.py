@@ -32,6 +32,7 @@ SIGNIFICANT = 0.05
 _KEY = ("table", "column", "method", "seed")
 _HOW = ("epochs", "batch_size", "lr", "precision")  # alike for all methods of a group, as a rule
 _OF_THE_MACHINE = ("runs", "device", "jobs", "launcher", "gpus_per_cell", "replicas", "submitit")
+_FOUND = ("test_accuracy_last", "test_accuracy_best", "val_accuracy_best", "best_epoch", "seconds", "iterations")
 _OWN = ("beta", "meta_lr", "where")  # of methods that match features
 
 
@@ -62,7 +63,7 @@ def cell_rows(folder: Path, told: Row) -> Iterator[Row]:
                     "kind": "cell",
                     **dict(place),
                     **of_column,
-                    **cell.result,
+                    **{name: cell.result[name] for name in _FOUND if name in cell.result},
                     "settings": _settings(config, cell.method),
                     **of_all,
                 }

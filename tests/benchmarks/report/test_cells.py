@@ -51,6 +51,8 @@ def made(folder: Path, sources: tuple[str, ...] = ("resnet32",), more: float = 0
                     "test_accuracy_best": best,
                     "seconds": 3.0,
                     "iterations": 9,
+                    "images": 20000,  # that were seen
+                    "made": {"--source-weights": "/elsewhere/resnet32.pt"},  # a place, which is nobody else's business
                 }
                 (cell / "result.json").write_text(json.dumps(result))
                 (cell / "metrics.jsonl").write_text("")
@@ -68,6 +70,7 @@ def test_folders_become_rows_that_say_how_they_were_made(tmp_path: Path) -> None
     )
     _, rows = read(file)
     assert len(rows) == 12  # seed 3 is not done
+    assert "elsewhere" not in file.read_text()
     row = next(r for r in rows if (r["method"], r["seed"], r["per_class"]) == ("l2t-ww", 1, 50))
     assert (row["test_accuracy_best"], row["iterations"], row["images"]) == (0.265, 9, "photographs")
     assert (row["commit"], row["device"], row["inputs"]) == ("1234567", "H100", {"data-root 1": "abc"})
