@@ -70,22 +70,20 @@ def matching_gradient(
             continue
         split = [channels[p] for p in group]
         if (at := _in_gram_form(feature, projections, sources, biases, source_of, group)) is not None:
-            if distances:
-                _scatter(E, group, gram.distances(at).split(split, 1), coefficients)
+            E_n = gram.distances(at) if distances else None
             of_T, of_r, of_bias = gram.gradient(at, torch.cat([coefficients[p] for p in group], 1))
-            _scatter(g_r, group, of_r[:, :, None, None].split(split), projections)
-            _scatter(g_bias, group, of_bias.split(split), biases)
-            g_T.append(_like(of_T, feature))
-            continue
-        T = feature.flatten(2)  # [B, C_t, HW]
-        r = _stacked(projections, group, T)  # [B, ΣC_s, C_t]
-        d = _difference(feature, projections, sources, biases, source_of, group)  # [B, ΣC_s, HW]
-        if distances:
-            _scatter(E, group, d.square().mean(2).split(split, 1), coefficients)
-        G = d.mul_(_scaled(coefficients, group, T.shape[2]))
-        _scatter(g_r, group, torch.bmm(G, T.mT).sum(0)[:, :, None, None].split(split), projections)
-        _scatter(g_bias, group, G.sum((0, 2)).split(split), biases)
-        g_T.append(_like(torch.bmm(r.mT, G), feature))
+        else:
+            T = feature.flatten(2)  # [B, C_t, HW]
+            r = _stacked(projections, group, T)  # [B, ΣC_s, C_t]
+            d = _difference(feature, projections, sources, biases, source_of, group)  # [B, ΣC_s, HW]
+            E_n = d.square().mean(2) if distances else None
+            G = d.mul_(_scaled(coefficients, group, T.shape[2]))
+            of_T, of_r, of_bias = torch.bmm(r.mT, G), torch.bmm(G, T.mT).sum(0), G.sum((0, 2))
+        if E_n is not None:
+            _scatter(E, group, E_n.split(split, 1), coefficients)
+        _scatter(g_r, group, of_r[:, :, None, None].split(split), projections)
+        _scatter(g_bias, group, of_bias.split(split), biases)
+        g_T.append(_like(of_T, feature))
     return E, g_T, g_r, g_bias
 
 
@@ -120,10 +118,7 @@ def matching_adjoint(
             continue
         split = [channels[p] for p in group]
         if (at := _in_gram_form(feature, projections, sources, biases, source_of, group)) is not None:
-            u_r, u_bias = (
-                torch.cat([u_projections[p].flatten(1) for p in group]),
-                torch.cat([u_biases[p] for p in group]),
-            )
+            u_r, u_bias = _rows(u_projections, group), torch.cat([u_biases[p] for p in group])
             a = torch.cat([coefficients[p] for p in group], 1)
             of_primal, of_a = gram.adjoint(at, a, u_feature, u_r, u_bias, primal)
             _scatter(v_a, group, of_a.split(split, 1), coefficients)
@@ -183,13 +178,18 @@ def _in_gram_form(
     S = [sources[source_of[p]] for p in group]
     if not gram.serves(feature) or not gram.pays(feature.shape, [x.shape for x in S]):
         return None
-    r, bias = torch.cat([projections[p].flatten(1) for p in group]), torch.cat([biases[p] for p in group])
-    return gram.point(feature, S, r, bias, gram.WIDER[feature.dtype])
+    bias = torch.cat([biases[p] for p in group])
+    return gram.point(feature, S, _rows(projections, group), bias, gram.WIDER[feature.dtype])
+
+
+def _rows(projections: Sequence[Tensor], group: Sequence[int]) -> Tensor:
+    """The projections r of the pairs in `group`, stacked along C_s: [ΣC_s, C_t]."""
+    return torch.cat([projections[p].flatten(1) for p in group])
 
 
 def _stacked(projections: Sequence[Tensor], group: Sequence[int], T: Tensor) -> Tensor:
-    """The projections r of the pairs in `group`, stacked along C_s and shared by the batch: [B, ΣC_s, C_t]."""
-    return torch.cat([projections[p].flatten(1) for p in group]).to(T.dtype).expand(T.shape[0], -1, -1)
+    """The same, shared by the batch and in its dtype: [B, ΣC_s, C_t]."""
+    return _rows(projections, group).to(T.dtype).expand(T.shape[0], -1, -1)
 
 
 def _scaled(coefficients: Sequence[Tensor], group: Sequence[int], area: int) -> Tensor:
