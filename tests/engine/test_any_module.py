@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torch.utils.checkpoint import checkpoint
 
 from tests.engine.users import WAYS, assert_same_training, net, ways
+from tests.kernels.shared import Reversal
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore")]
 
@@ -90,16 +91,6 @@ def in_autocast(m: Any, x: Tensor) -> Tensor:
 
 
 # Functions of autograd
-
-
-class Reversal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return -0.5 * g
 
 
 class Rounded(torch.autograd.Function):

@@ -1,6 +1,7 @@
-"""Inputs of the matching operators, for the tests of their definition and of their implementations."""
+"""Inputs of the matching operators, and what users write in their networks, for tests of both."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,18 @@ SHAPES = {
     "one side the same": ([(3, 4, 8), (2, 8, 4)], [(3, 4, 4)], [(0, 0), (1, 0)]),
     "up by 4 and down by 2": ([(3, 2, 8)], [(3, 8, 4)], [(0, 0)]),
 }
+
+
+class Reversal(torch.autograd.Function):
+    """A user's own that goes on with the same tensor, and turns its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -0.5 * g
 
 
 def random_inputs(

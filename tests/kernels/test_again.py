@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2t_fast.kernels.layers.twins import Twins
 from tests.kernels.interpreted import on_triton
+from tests.kernels.shared import Reversal
 from tests.kernels.test_pending import DEVICE, Double, compare
 
 pytestmark = pytest.mark.core
@@ -36,18 +37,6 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.m(self.use(self, F.relu(self.n(self.c(x))))))
-
-
-class Reversed(torch.autograd.Function):
-    """A user's own that goes on with the same tensor, and turns its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return -0.5 * g
 
 
 def hooked_before(chain: Chain, r: Tensor) -> Tensor:
@@ -92,8 +81,8 @@ USES: dict[str, Use] = {
     "the same twice": lambda chain, r: chain.d(chain.d(r)),
     "detached": lambda chain, r: chain.d(r.detach()) + r,
     "a Function": lambda chain, r: chain.d(r) + Double.apply(r),
-    "a Function that reverses": lambda chain, r: chain.d(Reversed.apply(r)),
-    "a Function on the gradient": lambda chain, r: Reversed.apply(chain.d(r)),
+    "a Function that reverses": lambda chain, r: chain.d(Reversal.apply(r)),
+    "a Function on the gradient": lambda chain, r: Reversal.apply(chain.d(r)),
     "a hook before": hooked_before,
     "a hook after": hooked_after,
     "a hook on the gradient": hooked_gradient,
