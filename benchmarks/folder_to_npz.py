@@ -1,8 +1,9 @@
 """An ImageFolder of small images as one npz file in MedMNIST's convention, for `l2t-fast ... --dataset npz`.
 
 `python -m benchmarks.folder_to_npz FOLDER FILE.npz --val 250`: of each class under FOLDER/train the last 250 images by
-name are for validation and the others for training, those under FOLDER/test for testing. All are of one size. The file
-is the same, byte by byte, wherever it is made from the same images.
+name are for validation and the others for training, those under FOLDER/test for testing; `--train 0 500` keeps the
+first 500 of those for training. All are of one size. The file is the same, byte by byte, wherever it is made from the
+same images.
 """
 
 import argparse
@@ -14,14 +15,16 @@ import numpy as np
 from l2t_fast.data.readers.layout import open_image
 
 
-def convert(folder: Path, file: Path, val: int) -> dict[str, tuple[int, ...]]:
+def convert(
+    folder: Path, file: Path, val: int, train: tuple[int, int | None] = (0, None)
+) -> dict[str, tuple[int, ...]]:
     """Writes the file; returns the shape of each of its arrays."""
     classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     parts: dict[str, list[tuple[Path, int]]] = {"train": [], "val": [], "test": []}
     for label, name in enumerate(classes):
         images, held_out = (sorted(path for path in (folder / part / name).iterdir()) for part in ("train", "test"))
         cut = len(images) - val
-        for part, paths in (("train", images[:cut]), ("val", images[cut:]), ("test", held_out)):
+        for part, paths in (("train", images[:cut][slice(*train)]), ("val", images[cut:]), ("test", held_out)):
             parts[part] += [(path, label) for path in paths]
     arrays: dict[str, np.ndarray] = {}
     for part, listed in parts.items():
@@ -37,8 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="an ImageFolder with train/ and test/")
     parser.add_argument("file", type=Path, help="the npz file to write")
     parser.add_argument("--val", type=int, required=True, help="images of each class for validation")
+    parser.add_argument(
+        "--train", type=int, nargs=2, metavar=("FROM", "TO"), help="which of the others are for training (default: all)"
+    )
     given = parser.parse_args(arguments)
-    for name, shape in convert(given.folder, given.file, given.val).items():
+    for name, shape in convert(given.folder, given.file, given.val, given.train or (0, None)).items():
         print(f"{name}: {' x '.join(map(str, shape))}")
 
 

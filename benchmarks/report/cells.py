@@ -33,6 +33,7 @@ _KEY = ("table", "column", "method", "seed")
 _HOW = ("epochs", "batch_size", "lr", "precision")  # alike for all methods of a group, as a rule
 _OF_THE_MACHINE = ("runs", "device", "jobs", "launcher", "gpus_per_cell", "replicas", "submitit")
 _FOUND = ("test_accuracy_last", "test_accuracy_best", "val_accuracy_best", "best_epoch", "seconds", "iterations")
+BEST, LAST = "test_accuracy_best", "test_accuracy_last"
 _OWN = ("beta", "meta_lr", "where")  # of methods that match features
 
 
@@ -119,8 +120,8 @@ def group_of(row: Row) -> str:
     return f"{row['images']}, {' + '.join(row['sources'])} → {row['target']}{width}"
 
 
-def summaries_of(rows: Iterable[Row]) -> dict[str, list[Summary]]:
-    """Of each group the numbers of its columns, by rising images a class.
+def summaries_of(rows: Iterable[Row], of: str = BEST) -> dict[str, list[Summary]]:
+    """Of each group the numbers of its columns, by rising images a class, `of` the best epoch or the last one.
 
     Raises:
         L2TError: two trainings of one group are of the same method, seed and images a class.
@@ -133,7 +134,8 @@ def summaries_of(rows: Iterable[Row]) -> dict[str, list[Summary]]:
             raise L2TError(
                 f"{group_of(row)} has two trainings of {what}: put tables of other settings in another file."
             )
-        column[row["method"], row["seed"]] = Cell(row["method"], row["seed"], row)
+        result = row if of == BEST else {name: value for name, value in row.items() if name != BEST}
+        column[row["method"], row["seed"]] = Cell(row["method"], row["seed"], result)
     known = [method for method in METHODS if any(method == m for column in cells.values() for m, _ in column)]
     groups: dict[str, list[Summary]] = {}
     for (group, size), column in sorted(cells.items(), key=lambda item: item[0][1] or 10**9):
@@ -153,18 +155,24 @@ def difference(found: Comparison) -> str:
     return f"{points} ({'' if found.p < SIGNIFICANT else 'not significant, '}p = {found.p:.2g})"
 
 
-def markdown(title: str, rows: Sequence[Row], groups: Mapping[str, Sequence[Summary]], against: str) -> str:
+def markdown(title: str, rows: Sequence[Row], against: str) -> str:
     """The whole of FILE.md."""
-    by_validation = all(summary.metric == "test_accuracy_best" for found in groups.values() for summary in found)
+    epochs = {of: summaries_of(rows, of) for of in (BEST, LAST)}
+    if any(summary.metric == LAST for found in epochs[BEST].values() for summary in found):
+        del epochs[BEST]
+    names = {BEST: "of the epoch that is best by validation", LAST: "of the last epoch"}
+    groups = next(iter(epochs.values()))
     parts = [
         f"# {title}",
-        f"Test accuracy in %, {'of the epoch that is best by validation' if by_validation else 'of the last epoch'}: "
-        f"mean ± sample std over n seeds. Beside it the method minus {against}, paired by seed, with the p of a "
-        f"two-sided t-test, not corrected for the number of methods; not significant: p is {SIGNIFICANT} or more.",
+        f"Test accuracy in %, {' and '.join(names[of] for of in epochs)}: mean ± sample std over n seeds. Beside it "
+        f"the method minus {against}, paired by seed (over all sizes: by seed and size), with the p of a two-sided "
+        f"t-test, not corrected for the number of methods; not significant: p is {SIGNIFICANT} or more.",
     ]
-    for group, summaries in groups.items():
-        mine = [row for row in rows if group_of(row) == group]
-        parts += [f"## {group}", to_markdown(_grid(summaries, against)), *_trained(mine)]
+    for group in groups:
+        parts += [f"## {group}"]
+        for of, found in epochs.items():
+            parts += [f"{names[of].capitalize()}:", to_markdown(_grid(found[group], against))]
+        parts += _trained([row for row in rows if group_of(row) == group])
     parts += _across(groups, against)
     return "\n\n".join(parts) + "\n"
 
@@ -185,7 +193,17 @@ def _grid(summaries: Sequence[Summary], against: str) -> Grid:
             apart = DASH if method == against else difference(other)
             some = "" if alike or not standing.values else f" (n = {len(standing.values)})"
             lines[i] += [mean_std(standing.headline) + some, apart]
+    if len(summaries) > 1:
+        header.append(f"all sizes, minus {against}")
+        for method, line in zip(present, lines, strict=True):
+            mine, its = (_over_sizes(summaries, name) for name in (method, against))
+            line.append(DASH if method == against else difference(compare(mine, its)))
     return Grid(header, lines, frozenset(bold))
+
+
+def _over_sizes(summaries: Sequence[Summary], method: str) -> dict[tuple[int, int], float]:
+    """Its numbers by size (its place in `summaries`) and seed."""
+    return {(i, seed): value for i, s in enumerate(summaries) for seed, value in _standing(s, method).values.items()}
 
 
 def _standing(summary: Summary, method: str) -> Standing:
@@ -244,7 +262,7 @@ def run(arguments: argparse.Namespace) -> None:
     told = dict(text.partition("=")[::2] for text in arguments.told)
     rows = gather(file, arguments.folders, told)
     groups, title = summaries_of(rows), arguments.title or file.stem
-    save_text(file.with_suffix(".md"), markdown(title, rows, groups, arguments.against))
+    save_text(file.with_suffix(".md"), markdown(title, rows, arguments.against))
     say(f"{file.with_suffix('.md')}: {len(rows)} cells")
     if sweeps := sweep_groups([summary for found in groups.values() for summary in found]):
         plot_sweep(file.with_suffix(".png"), title, sweeps)

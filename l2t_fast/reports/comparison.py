@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -56,7 +57,7 @@ class Comparison:
     why: str = ""
 
 
-def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
+def compare(values: Mapping[Any, float], baseline: Mapping[Any, float]) -> Comparison:
     """`values` minus `baseline` (accuracy in % by seed), paired by seed, with the p of a two-sided paired t-test."""
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:

@@ -28,3 +28,14 @@ def test_a_folder_becomes_an_npz_file(tmp_path: Path, capsys: pytest.CaptureFixt
     with np.load(tmp_path / "one.npz") as arrays:
         assert arrays["val_images"][:, 0, 0, 0].tolist() == [30, 40, 130, 140]
         assert arrays["test_labels"].tolist() == [0, 0, 1, 1]
+
+
+def test_a_part_of_the_images_for_training(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(tmp_path / part / "cat" / f"{i}.png")
+    main([str(tmp_path), str(tmp_path / "part.npz"), "--val", "2", "--train", "1", "3"])
+    with np.load(tmp_path / "part.npz") as arrays:
+        kept = [arrays[f"{part}_images"][:, 0, 0, 0].tolist() for part in ("train", "val", "test")]
+    assert kept == [[1, 2], [4, 5], [0, 1, 2, 3, 4, 5]]

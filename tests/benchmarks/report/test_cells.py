@@ -85,6 +85,9 @@ def test_folders_become_rows_that_say_how_they_were_made(tmp_path: Path) -> None
     assert "| scratch | 21.00 ± 1.00 | −5.00 (p = 0.0033) | 31.00 ± 1.00 | −0.33 (not significant, p = 0.81) |" in text
     assert "| l2t-ww | **26.00 ± 0.87** | – | **31.33 ± 1.53** | – |" in text
     assert "50 a class (%), n = 3" in text
+    assert "(not significant, p = 0.81) | −2.67 (not significant, p = 0.074) |" in text  # over both sizes
+    last = text[text.index("Of the last epoch") :]
+    assert "| scratch | 20.00 ± 1.00 | −5.00 (p = 0.0033) |" in last
     assert "commit 1234567" in text
     drawn(file.with_suffix(".png"), 500)
 
@@ -97,7 +100,7 @@ def test_a_file_goes_on_and_one_source_stands_beside_several(tmp_path: Path) -> 
     assert len(rows) == len(read(file)[1]) == 24
     assert len(cells.gather(file, [two], {"commit": "later"})) == 24
     assert sum(row.get("commit") == "later" for row in read(file)[1]) == 12
-    text = cells.markdown("claim", rows, cells.summaries_of(rows), "l2t-ww")
+    text = cells.markdown("claim", rows, "l2t-ww")
     assert (
         "photographs, resnet32 + resnet20 → vgg9_bn, 50 a class | resnet32 → vgg9_bn | 28.00 ± 0.87 | 26.00 ± 0.87"
         in text
@@ -107,10 +110,10 @@ def test_a_file_goes_on_and_one_source_stands_beside_several(tmp_path: Path) -> 
 
 def test_seeds_that_are_missing_and_a_method_alone_are_said(tmp_path: Path) -> None:
     rows = [row for row in cells.cell_rows(made(tmp_path / "t"), {}) if (row["method"], row["seed"]) != ("scratch", 2)]
-    text = cells.markdown("t", rows, cells.summaries_of(rows), "l2t-ww")
+    text = cells.markdown("t", rows, "l2t-ww")
     assert "20.50 ± 0.71 (n = 2)" in text
     alone = [row for row in rows if row["method"] == "scratch"]
-    assert "| scratch | **20.50 ± 0.71** | – |" in cells.markdown("t", alone, cells.summaries_of(alone), "l2t-ww")
+    assert "| scratch | **20.50 ± 0.71** | – |" in cells.markdown("t", alone, "l2t-ww")
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
