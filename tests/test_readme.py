@@ -13,6 +13,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "l2t_fast/README.md",
     "benchmarks/README.md",
+    "benchmarks/results/tables/README.md",
     *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")),
 )
 
@@ -32,14 +33,19 @@ def test_the_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_results_under_the_title_are_those_of_the_files_they_name() -> None:
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") <= 120
-    (result,) = re.findall(r"^\*\*Result:\*\*.*?\n\n", readme, re.DOTALL | re.MULTILINE)
-    sentences = re.findall(r"(.*?)\(\[rows\]\((benchmarks/results/\S+\.jsonl)\)", result, re.DOTALL)
+    (speed,) = re.findall(r"^\*\*Speed:\*\*.*?\n\n", readme, re.DOTALL | re.MULTILINE)
+    sentences = re.findall(r"(.*?)\(\[rows\]\((benchmarks/results/\S+\.jsonl)\)", speed, re.DOTALL)
     assert len(sentences) == 2
     for sentence, file in sentences:
         measured = readme_block(ROOT / file)
         numbers = re.findall(r"\*\*\d[\d.]*\*\*|[\d.]+(?= ms)", sentence)
         assert len(numbers) >= 3
         assert [number for number in numbers if number not in measured] == []
+    (accuracy,) = re.findall(r"^\*\*Accuracy:\*\*.*?\n\n", readme, re.DOTALL | re.MULTILINE)
+    points = re.findall(r"\d+\.\d+", accuracy)
+    table = (ROOT / "benchmarks/results/tables/photographs/cifar10-jpeg.md").read_text()
+    assert points
+    assert [number for number in points if f"| −{number} (p = " not in table] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
