@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import traceback
 import weakref
@@ -96,6 +97,7 @@ def advice(
     shards = Shards(iteration.shards.count)  # the other ranks take no part in the trials
     iteration = dataclasses.replace(iteration, shards=shards)
     device = iteration.trained.device
+    gc.collect()  # what had filled the memory, where it is held in circles
     if device.type == "cuda":
         torch.cuda.empty_cache()
     free, total = free_memory(device)
