@@ -19,7 +19,7 @@ TEST = [
     *EXTRAS["digits"],
     *EXTRAS["timm"],
     "hypothesis>=6.100",
-    "pytest>=8.2",
+    "pytest>=9.0",
     "pytest-benchmark>=5.0",
     "pytest-xdist>=3.6",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 
 _TIMEOUT = timedelta(minutes=5)  # that one rank waits for another; a checkpoint is written meanwhile
 _ANSWER = timedelta(seconds=2)  # in which one that is there answers
+_AGAIN = 0.1  # seconds until one that is not there is looked for again
 _FAILED = "l2t_fast/failed"  # where a rank that fails leaves its sentence
 
 
@@ -256,12 +257,11 @@ def _this_start(store: Any, rank: int) -> tuple[Any, str]:
         store.set("l2t_fast/start", name)
         return server, name
     end = monotonic() + _TIMEOUT.total_seconds()
-    while True:
+    while monotonic() < end:
         name = store.get("l2t_fast/start").decode()
-        try:
+        with suppress(RuntimeError):
             client = _c10d.TCPStore(host, int(name.split("/")[1]), is_master=False, timeout=_ANSWER)
             if client.get("name").decode() == name:
                 return client, name
-        except RuntimeError:
-            if monotonic() > end:
-                raise
+            sleep(_AGAIN)  # somebody else has that port now
+    raise RuntimeError("rank 0 does not answer")

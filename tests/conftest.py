@@ -1,11 +1,13 @@
 """Settings of the whole suite."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from tests.limits import limited
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is first imported.
 if not torch.cuda.is_available():
@@ -30,3 +32,12 @@ def default_arithmetic() -> Iterator[None]:
     _BACKENDS.cudnn.allow_tf32 = True
     for switch, value in zip(_NEWER, _DEFAULTS, strict=True):
         switch.fp32_precision = value
+
+
+@pytest.hookimpl(wrapper=True)
+def _limited() -> Generator[None, object, object]:
+    with limited():
+        return (yield)
+
+
+pytest_runtest_setup = pytest_runtest_call = pytest_runtest_teardown = _limited

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from multiprocessing.context import BaseContext
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import torch
@@ -54,17 +58,39 @@ def load(dataset: Dataset[Any], batches: int | Sequence[range], workers: int, pi
 
 
 def _read(dataset: Dataset[Any], batches: Sequence[range], workers: int, pin: bool) -> Iterator[Any]:
+    workers = min(workers, len(batches))  # none without a batch
     loader = DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=min(workers, len(batches)),  # none without a batch
+        num_workers=workers,
         pin_memory=pin,
+        multiprocessing_context=_without_event_lock() if workers else None,
         worker_init_fn=_leave_group,
         generator=torch.Generator(),  # otherwise the loader draws from the global one
     )
     with held_back(), _deaths_unheard():
         loaded = iter(loader)
     yield from loaded
+
+
+class _Flag:
+    """What a loader needs of multiprocessing.Event, without its lock. A worker asks it at each batch, and one that is
+    killed while it holds the lock would have the loader wait for it for ever."""
+
+    def __init__(self) -> None:
+        self._flag = RawValue("b", 0)
+
+    def set(self) -> None:
+        self._flag.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._flag.value)
+
+
+def _without_event_lock() -> BaseContext:
+    context = copy(multiprocessing.get_context())
+    context.Event = _Flag  # type: ignore[assignment, method-assign]
+    return context
 
 
 def _leave_group(_worker: int) -> None:

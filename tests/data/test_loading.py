@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from functools import partial
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,33 @@ def test_all_readers_killed_between_two_batches(tmp_path: Path) -> None:
             for process in multiprocessing.active_children():
                 os.kill(process.pid or 0, signal.SIGTERM)
     assert found == list(range(11))
+
+
+@pytest.mark.skipif(
+    multiprocessing.get_context().get_start_method() != "fork", reason="a worker is to have the patched locks"
+)
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_reader_killed_while_it_holds_a_lock(nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The n-th that it takes of all that it has in common with the program: that one never waits for it."""
+    ours, taken, notes = os.getpid(), 0, tmp_path / "notes"
+    make: Any = vars(SemLock)["_make_methods"]
+
+    def dies(acquire: Any, *args: Any) -> Any:
+        nonlocal taken
+        has = acquire(*args)
+        if has and os.getpid() != ours:
+            taken += 1
+            if taken == nth and not notes.exists():
+                notes.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return has
+
+    def make_methods(lock: Any) -> None:
+        make(lock)
+        lock.acquire = partial(dies, lock.acquire)
+
+    enter = SemLock.__enter__
+    monkeypatch.setattr(SemLock, "_make_methods", make_methods)
+    monkeypatch.setattr(SemLock, "__enter__", lambda lock: dies(partial(enter, lock)))
+    assert [batch.item() for batch in load(Deadly(tmp_path / "none", -1), 1, 1)] == list(range(11))
+    assert notes.exists()

@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from l2t_fast import ranks
 from l2t_fast.cli import main
 from l2t_fast.ranks import current, joined
 from l2t_fast.training.log import read_metrics
@@ -89,8 +91,7 @@ def test_two_processes_train_as_one_with_two_micro_batches(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     with under_way(tmp_path) as job:
-        ranks = children(job.pid)
-        os.kill(ranks[1], signal.SIGTERM)  # one of them is enough
+        os.kill(children(job.pid)[1], signal.SIGTERM)  # one of them is enough
         output, _ = job.communicate(timeout=60)
     assert output.count("stopped and saved") == 2
     assert "exitcode  : 143" in output
@@ -144,9 +145,20 @@ def test_a_table_is_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")  # somebody else's
-    with joined("cpu") as ranks:
-        assert ranks is current()
-        assert (ranks.count, ranks.first(lambda: 5), ranks.total(3), ranks.most(2)) == (1, 5, 3, 2)
+    with joined("cpu") as alone:
+        assert alone is current()
+        assert (alone.count, alone.first(lambda: 5), alone.total(3), alone.most(2)) == (1, 5, 3, 2)
+
+
+def test_a_rank_0_that_does_not_come_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the start before has left names a port that is another program's by now."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(ranks, "_TIMEOUT", timedelta(seconds=1))
+    other, left = (ranks._c10d.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in range(2))
+    other.set("name", "of another")
+    left.set("l2t_fast/start", f"l2t_fast/{other.port}/before")
+    with pytest.raises(RuntimeError, match="rank 0 does not answer"):
+        ranks._this_start(left, 1)
 
 
 def test_accumulate_is_in_every_command(capsys: pytest.CaptureFixture[str]) -> None:
