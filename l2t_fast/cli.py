@@ -136,13 +136,21 @@ def table(
         raise L2TError("some cells have failed: the table says why; the same command tries them again.")
 
 
-def pretrain(settings: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
-    """Train a source network from scratch; its checkpoint is for --source-weights."""
+def pretrain(
+    settings: tyro.conf.OmitArgPrefixes[PretrainConfig], config: Path | None = None, overrides: Overrides = ()
+) -> None:
+    """Train a source network from scratch; its checkpoint is for --source-weights.
+
+    Args:
+        config: config.json of such a run, or its folder, by default none: its settings, in a run of its own; options
+            that are given beside it count instead of what it says
+        overrides: settings by their names in config.json, such as optim.lr=0.05 target.target=resnet20 seeds=1
+    """
     console = _Output(quiet=settings.quiet)
     with _loading(console):
         from l2t_fast.runs import pretrain
 
-    pretrain.pretrain(settings, console, _GIVEN.get())
+    pretrain.pretrain(with_file(settings, config, _GIVEN.get()), console, _GIVEN.get())
 
 
 def inspect(

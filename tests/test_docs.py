@@ -1,5 +1,6 @@
 """The pages of the site: their examples run, their commands parse, and the site is built without a warning."""
 
+import dataclasses
 import functools
 import re
 import shlex
@@ -18,7 +19,7 @@ from l2t_fast.settings import defaults
 from l2t_fast.settings.columns import column_configs
 from l2t_fast.settings.defaults import resolve
 from l2t_fast.settings.given import with_file
-from l2t_fast.settings.options import TableConfig, TrainConfig
+from l2t_fast.settings.options import SourceConfig, TableConfig, TrainConfig
 from l2t_fast.settings.stored import save_config
 
 ROOT = Path(__file__).parents[1]
@@ -101,9 +102,9 @@ def test_the_commands_of_a_page_are_understood(
         @functools.wraps(command)
         def record(*given: Any, **options: Any) -> None:
             seen.append(name)
-            if name in ("train", "table"):
+            if name in ("train", "table", "pretrain"):
                 made = with_file(options["settings"], options.get("config"), cli._GIVEN.get())
-                if not getattr(made, "resume", False):
+                if name != "pretrain" and not getattr(made, "resume", False):
                     (resolve if name == "train" else column_configs)(made)
 
         return record
@@ -114,7 +115,8 @@ def test_the_commands_of_a_page_are_understood(
     monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", parsed)
     monkeypatch.setattr(cli, "run_bench", lambda arguments: seen.append("bench") or sys.exit(0))
     monkeypatch.chdir(tmp_path)
-    for folder, config in {"first": resolve(TrainConfig()), "OLD": resolve(TrainConfig())}.items():
+    source = dataclasses.replace(resolve(TrainConfig(method=("scratch",), seeds=(0,))), source=SourceConfig())
+    for folder, config in {"first": resolve(TrainConfig()), "OLD": resolve(TrainConfig()), "teacher": source}.items():
         (tmp_path / "runs" / folder).mkdir(parents=True)
         save_config(config, tmp_path / "runs" / folder / "config.json")
     (tmp_path / "runs/table-digits").mkdir()

@@ -7,11 +7,9 @@ from typing import Any
 
 from l2t_fast.errors import L2TError
 from l2t_fast.settings.defaults import resolve
-from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
+from l2t_fast.settings.options import PRETRAIN_NAMES, PretrainConfig, TableConfig, TrainConfig
 
 _NOT = ("name", "runs", "resume", "quiet", "log", "download")  # of the folder and of who is told, not of what is done
-# What `pretrain` calls otherwise.
-_PRETRAIN = {"target": "network", "target_width": "width", "seeds": "seed"}
 
 
 def repeating_command(config: TrainConfig | TableConfig) -> str:
@@ -22,7 +20,7 @@ def repeating_command(config: TrainConfig | TableConfig) -> str:
         return _command("table", config, given)
     if config.source.source is None:  # of a network that is trained as a source for others
         known = _flat(PretrainConfig())
-        words = {_PRETRAIN.get(name, name): v for name, v in given.items()}
+        words = {PRETRAIN_NAMES.get(name, name): v for name, v in given.items()}
         return _command("pretrain", config, {name: v for name, v in words.items() if name in known})
     if given.get("source_weights"):  # such a source is not trained
         given = {name: v for name, v in given.items() if name not in ("source_classes", "source_epochs")}

@@ -14,10 +14,7 @@ from l2t_fast.runs.cell import cell_weights
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.run import opened, train
 from l2t_fast.settings.defaults import check_flag, file_name, resolve
-from l2t_fast.settings.options import PretrainConfig, SourceConfig, TargetConfig, TrainConfig
-
-# What `train` calls otherwise.
-_FLAGS = {"target": "network", "target_width": "width", "seeds": "seed"}
+from l2t_fast.settings.options import PRETRAIN_NAMES, PretrainConfig, SourceConfig, TargetConfig, TrainConfig
 
 
 def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = ()) -> Path:
@@ -53,7 +50,7 @@ def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = 
         return dataclasses.replace(filled, data=asked.data, source=SourceConfig())
 
     with joined(config.device) as ranks:
-        folder, made, resume = opened(asked, complete, _FLAGS, given)
+        folder, made, resume = opened(asked, complete, PRETRAIN_NAMES, given)
         train(folder, made, console if ranks.leads else Console(quiet=True), resume)
         return ranks.first(lambda: _checkpoint(folder, made, console))
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from l2t_fast.errors import L2TError
-from l2t_fast.settings.options import TableConfig, TrainConfig
+from l2t_fast.settings.options import PRETRAIN_NAMES, PretrainConfig, SourceConfig, TableConfig, TrainConfig
 from l2t_fast.settings.stored import load_config, load_table
 
 _OWN = ("name", "runs", "resume")  # of the command alone: a repeated run has a folder of its own
-_COMMANDS = {"train": TrainConfig(), "table": TableConfig()}
+_COMMANDS = {"train": TrainConfig(), "table": TableConfig(), "pretrain": PretrainConfig()}
 
 
 def without_set(arguments: Sequence[str]) -> list[str]:
@@ -39,20 +39,34 @@ def without_set(arguments: Sequence[str]) -> list[str]:
 
 def _flag(setting: str, config: Any) -> list[str]:
     key, equals, value = setting.partition("=")
-    keys = _keys(config)
+    keys = _settable(config)
     if not equals or key not in keys:
-        like = next((name for name in keys if name.rpartition(".")[2] == key), "optim.lr")
+        like = next((name for name in keys if key in (keys[name][0], name.rpartition(".")[2])), "optim.lr")
         raise L2TError(f"--set {setting:.80}: give KEY=VALUE with a KEY as the saved settings have it, such as {like}.")
-    flag = key.rpartition(".")[2].replace("_", "-")
-    if keys[key] is not bool:
-        return [f"--{flag}", *(value.split(",") if "tuple" in str(keys[key]) else [value])]
+    option, kind = keys[key]
+    flag = option.replace("_", "-")
+    if kind is not bool:
+        return [f"--{flag}", *(value.split(",") if "tuple" in str(kind) else [value])]
     if value not in ("true", "false"):
         raise L2TError(f"--set {setting:.80}: give true or false.")
     return [f"--{flag}" if value == "true" else f"--no-{flag}"]
 
 
+def _settable(config: Any) -> dict[str, tuple[str, Any]]:
+    """The option of a command and its type, by its name in the saved settings: optim.lr, ..."""
+    if not isinstance(config, PretrainConfig):
+        return {key: (key.rpartition(".")[2], kind) for key, kind in _keys(config).items()}
+    found: dict[str, tuple[str, Any]] = {}
+    own = {key.rpartition(".")[2] for key in _keys(config)}
+    for key, kind in _keys(TrainConfig()).items():  # of which its config.json is one
+        last = key.rpartition(".")[2]
+        if (option := PRETRAIN_NAMES.get(last, last)) in own:
+            found[key] = option, kind
+    return found
+
+
 def _keys(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The types of all settings, by their names in config.json: optim.lr, ..."""
+    """The types of all settings, by group and name."""
     hints = typing.get_type_hints(type(config))
     found: dict[str, Any] = {}
     for f in dataclasses.fields(config):
@@ -79,17 +93,29 @@ def with_file(config: Any, path: Path | None, given: Collection[str]) -> Any:
         return config
     if getattr(config, "resume", False):
         raise L2TError("--resume goes on with a run, and --config repeats one: leave out one of them.")
-    is_run = isinstance(config, TrainConfig)
+    is_table = isinstance(config, TableConfig)
     if path.is_dir():
-        path = path / ("config.json" if is_run else "table.json")
-    saved: Any = load_config(path) if is_run else load_table(path)
+        path = path / ("table.json" if is_table else "config.json")
+    saved: Any = load_table(path) if is_table else load_config(path)
+    if isinstance(config, PretrainConfig):
+        saved = _of_source(saved, path)
     own = {name: getattr(config, name) for name in _OWN if hasattr(config, name)}
     merged = dataclasses.replace(_on_top(saved, config, type(config)(), given), **own)
-    source = merged.source
+    source = getattr(merged, "source", SourceConfig())
     if source.source_weights is not None:  # what had been filled in for a source without
         free = {name: None for name in ("source_classes", "source_epochs") if name not in given}
         merged = dataclasses.replace(merged, source=dataclasses.replace(source, **free))
     return merged
+
+
+def _of_source(saved: TrainConfig, path: Path) -> PretrainConfig:
+    """What `pretrain` was told, from its config.json."""
+    if saved.source != SourceConfig() or saved.method != ("scratch",) or len(saved.seeds or ()) != 1:
+        raise L2TError(f"{path} is not the configuration of a source: give a run that `l2t-fast pretrain` made.")
+    names = {f.name for f in dataclasses.fields(PretrainConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
+    same = {name: getattr(saved, name) for name in names}
+    target, (seed,) = saved.target, saved.seeds or (0,)
+    return PretrainConfig(**same, network=target.target, width=target.target_width, seed=seed)
 
 
 def _on_top(saved: Any, now: Any, usual: Any, given: Collection[str]) -> Any:

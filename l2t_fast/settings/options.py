@@ -178,6 +178,10 @@ class TableConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
+# What `pretrain` calls otherwise than the saved settings, by their names there.
+PRETRAIN_NAMES = {"target": "network", "target_width": "width", "seeds": "seed"}
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """A source network, trained on a data set."""

@@ -8,6 +8,9 @@ import torch
 
 from l2t_fast.cli import main
 from l2t_fast.files import load_checkpoint
+from l2t_fast.settings.defaults import resolve
+from l2t_fast.settings.options import TrainConfig
+from l2t_fast.settings.stored import save_config
 from tests.runs.commands import refused
 
 
@@ -46,3 +49,26 @@ def test_without_validation_images_a_source_is_the_last_one(tmp_path: Path) -> N
     saved = torch.load(tmp_path / "teacher/source.pt", weights_only=True)["state_dict"]
     assert torch.equal(saved["conv1.weight"], state["theta"]["target.conv1.weight"])
     assert torch.equal(saved["bn1.running_mean"], state["buffers"]["bn1.running_mean"])
+
+
+def test_a_source_is_trained_again_from_its_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = ["--runs", str(tmp_path)]
+    tiny = "--network resnet8 --width 0.25 --epochs 1 --dataset digits --classes 0 1 --seed 2 --momentum 0.5"
+    main(["pretrain", *runs, "--name", "one", *tiny.split()])
+    again = ["pretrain", *runs, "--config", str(tmp_path / "one")]
+    main([*again, "--name", "two"])
+    main([*again, "--name", "three", "--momentum", "0.9", "--set", "seeds=0", "target.target_width=0.5"])
+    config = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two", "three")}
+    assert config["two"] == {**config["one"], "name": "two"}
+    assert (tmp_path / "two/source.pt").read_bytes() == (tmp_path / "one/source.pt").read_bytes()
+    target = {**config["one"]["target"], "target_width": 0.5}
+    optim = {**config["one"]["optim"], "momentum": 0.9}  # given, though it is what would be so by itself
+    assert config["three"] == {**config["one"], "name": "three", "target": target, "optim": optim, "seeds": [0]}
+
+    error = refused(capsys, *again[1:], "--name", "one", "--resume", command="pretrain")
+    assert error.startswith("--resume goes on with a run, and --config repeats one")
+    save_config(resolve(TrainConfig()), tmp_path / "config.json")
+    error = refused(capsys, *runs, "--config", str(tmp_path / "config.json"), command="pretrain")
+    assert error.startswith(f"{tmp_path / 'config.json'} is not the configuration of a source: give a run that")
+    error = refused(capsys, *runs, "--config", str(tmp_path / "none"), command="pretrain")
+    assert "is not the configuration of a run" in error

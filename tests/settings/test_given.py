@@ -37,8 +37,22 @@ def test_what_is_set_is_a_flag(settings: list[str], flags: list[str]) -> None:
 def test_several_are_set_one_by_one() -> None:
     given = ["table", "--set", "optim.lr=0.05", "--lr", "1", "--set", "seeds=3"]
     assert without_set(given) == ["table", "--lr", "1", "--lr", "0.05", "--seeds", "3"]
-    assert without_set(["pretrain", "--set", "optim.lr=1"]) == ["pretrain", "--set", "optim.lr=1"]  # has no --set
+    assert without_set(["report", "--set", "optim.lr=1"]) == ["report", "--set", "optim.lr=1"]  # has no --set
     assert without_set([]) == []
+
+
+def test_what_pretrain_calls_otherwise_is_set_by_its_name_in_the_file() -> None:
+    given = ["pretrain", "--set", "target.target=resnet20", "target.target_width=0.5", "seeds=3", "data.classes=0,1"]
+    flags = ["--network", "resnet20", "--width", "0.5", "--seed", "3", "--classes", "0", "1"]
+    assert without_set(given) == ["pretrain", *flags]
+    for setting, words in (
+        ("network=resnet20", "such as target.target"),
+        ("source.source=resnet8", "give KEY=VALUE with a KEY as the saved settings have it"),
+        ("method=at", "give KEY=VALUE with a KEY as the saved settings have it"),
+        ("target.target_layers=layer1", "give KEY=VALUE with a KEY as the saved settings have it"),
+    ):
+        with pytest.raises(L2TError, match=words):
+            without_set(["pretrain", "--set", setting])
 
 
 @pytest.mark.parametrize(
