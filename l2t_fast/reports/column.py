@@ -22,7 +22,7 @@ _RESULT = ("test_accuracy_last", "seconds")  # numbers that every result.json ha
 
 @dataclass(frozen=True)
 class Cell:
-    """One training. `result` is the content of its result.json; without one, `problem` says why."""
+    """One training. `result` is the content of its result.json; `problem`: why there is none, or what failed then."""
 
     method: str
     seed: int
@@ -84,7 +84,7 @@ def read_column(folder: Path, config: TrainConfig, problems: Problems) -> Column
         for seed in config.seeds or ():
             path = folder / method / f"seed-{seed}" / "result.json"
             result = read_result(path) if path.exists() else None
-            why = "" if result else problems.get(method, {}).get(str(seed), NOT_YET)
+            why = problems.get(method, {}).get(str(seed), "" if result else NOT_YET)
             cells.append(Cell(method, seed, result, why))
             if result:
                 curves.setdefault(method, []).append(read_epochs(path.with_name("metrics.jsonl")))

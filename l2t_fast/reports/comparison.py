@@ -160,10 +160,10 @@ def _numbers(cells: Sequence[Cell], key: str, scale: float) -> dict[int, float]:
 
 
 def _problems(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """The reasons of the cells without a result, each once with its seeds."""
+    """The reasons of the cells without a result, and what failed after one, each once with its seeds."""
     seeds: dict[str, list[int]] = {}
     for cell in cells:
-        if cell.result is None:
+        if cell.result is None or cell.problem:
             seeds.setdefault(cell.problem or "no result yet", []).append(cell.seed)
     return tuple(
         f"seed{'s' * (len(found) > 1)} {', '.join(map(str, found))}: {problem.rstrip('.')}."

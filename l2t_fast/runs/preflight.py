@@ -68,6 +68,7 @@ def _look(config: TrainConfig, device: torch.device, console: Console, watch: Tr
     if trains_sources(config):
         source_data(config)
     unfit: dict[str, UnfitError] = {}
+    tried = False
     for method in config.method or ():
         try:
             target, learner, start = make_learner(
@@ -79,7 +80,8 @@ def _look(config: TrainConfig, device: torch.device, console: Console, watch: Tr
             unfit[method] = error
             continue
         check_data(engine, config, data)
-        if method == (config.method or ())[0]:
+        if not tried:  # the targets of all methods are alike
+            tried = True
             check_export(target, config.export, torch.zeros(2, *data.image_shape))
         _say(console, f"{describe(config, method, data, learner, start)}; {device}")
         if learner.uses_sources:

@@ -66,14 +66,14 @@ class CellTask:
 
     @property
     def done(self) -> bool:
-        return (self.folder / "result.json").exists()
+        return (self.folder / "result.json").exists() and not not_exported(self.folder, self.config)
 
     @property
     def config_file(self) -> Path:
         return self.folder.parent.parent / "config.json"
 
     def run(self, make_watch: MakeWatch, callbacks: Sequence[object] = ()) -> str:
-        if current().first(lambda: not self.done or bool(not_exported(self.folder, self.config))):
+        if not current().first(lambda: self.done):
             watch = make_watch(f"{self.method}, seed {self.seed}", self.config.optim.epochs or 0, 0)
             watch.preparing("reading the images")
             data = _data(self.config.data, self.seed)

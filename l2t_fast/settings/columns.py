@@ -35,6 +35,7 @@ def column_configs(table: TableConfig) -> dict[str, TrainConfig]:
                 settings=table.settings,
                 seeds=table.seeds,
                 device=table.device,
+                export=table.export,
                 log=table.log,
                 data=data,
                 source=table.source,

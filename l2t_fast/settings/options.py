@@ -169,6 +169,8 @@ class TableConfig:
     """options of submitit, each NAME=VALUE: slurm_partition=gpu timeout_min=600 mem_gb=16; cluster=local: no Slurm"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
+    export: tuple[Export, ...] = ()
+    """also write the trained target of each cell, into its folder, as `train` does; of cells that are done, too"""
     log: tuple[Tracker, ...] = ()
     """also write TensorBoard event files, or CSV files, beside each metrics.jsonl"""
     quiet: bool = False
