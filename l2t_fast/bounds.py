@@ -10,6 +10,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "momentum": (0.0, 1.0),
     "beta": (0.0, 1e39),  # the size of a loss is anything
     "max_grad_norm": (1e-12, 1e39),
+    "label_smoothing": (0.0, 1.0),
     **dict.fromkeys(("beta1", "beta2"), (0.0, 1 - 1e-9)),  # of AdamW
     "eps": (1e-30, 1e6),
     "width": (1e-6, 16.0),

@@ -9,6 +9,7 @@ Memory = Literal["save", "recompute"]
 Scheme = Literal["transfer", "simulation"]
 What = Literal["softmax", "uniform"]
 Where = Literal["relu6", "relu6-inward", "relu", "relu-avg", "softplus", "fixed"]
+Optimizer = Literal["sgd", "adamw"]
 Export = Literal["safetensors", "torch-export", "onnx"]
 PairRule = Literal["all-to-all", "one-to-one", "single"]
 

@@ -12,6 +12,7 @@ from l2t_fast.data.splits import Data, load_data
 from l2t_fast.engine.compile import Say
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import L2TError
+from l2t_fast.kernels.adamw.rule import AdamW
 from l2t_fast.learner.learner import L2T
 from l2t_fast.methods import find_method
 from l2t_fast.networks.architectures import VGG9_SIDE, build_model
@@ -163,7 +164,13 @@ def method_config(config: TrainConfig, name: str) -> TrainConfig:
 
 def make_engine(config: TrainConfig, learner: L2T, say: Say, group: Group = None) -> Engine:
     """The engine that the settings ask for, on the ranks of a group."""
-    options = {f.name: getattr(config.optim, f.name) for f in dataclasses.fields(EngineOptions)}
+    options: dict[str, Any] = {f.name: getattr(config.optim, f.name) for f in dataclasses.fields(EngineOptions)}
+    if config.optim.optimizer == "adamw":
+        options["optimizer"] = AdamW(weight_decay=options["weight_decay"])
+        for name in ("momentum", "weight_decay", "nesterov"):
+            del options[name]
+    if config.optim.label_smoothing:
+        options["loss"] = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
     return Engine(learner, **options, say=say, group=group)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from l2t_fast.bounds import BOUNDS, allowed, check_number, shown, within
 from l2t_fast.choices import DATASETS, LARGE, METHODS, SMALL
 from l2t_fast.errors import L2TError
-from l2t_fast.settings.options import EngineOptions, SourceConfig, TrainConfig
+from l2t_fast.settings.options import EngineOptions, OptimConfig, SourceConfig, TrainConfig
 
 # What `train` does by itself. Small images: the authors' settings (ResNet32 -> VGG9-bn, batch 128); images of 224:
 # theirs for ResNet34 -> ResNet18. Digits: small networks, source classes 0-4, ten labelled images of each of 5-9.
@@ -23,6 +23,7 @@ _SMALL: dict[str, Any] = {
     "epochs": 200,
     "batch_size": 128,
     "lr": 0.1,
+    "weight_decay": 1e-4,
     "meta_lr": 1e-4,
     "source_epochs": 40,
 }
@@ -46,6 +47,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "stanford40": {**_LARGE, "meta_lr": 1e-3},  # as the authors told (github.com/alinlab/L2T-ww/issues/4)
 }
+# What belongs to AdamW rather than to a data set: those of torch.optim.
+_ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2}
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -66,6 +69,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         defaults["source_width"] = (1.0,)
     if config.target.target is not None:
         defaults["target_width"] = 1.0
+    if config.optim.optimizer == "adamw":
+        defaults |= _ADAMW
 
     def fill(part: Any) -> Any:
         values = {
@@ -105,8 +110,13 @@ def check(config: TrainConfig) -> None:
         if value is not None:
             check_flag(flag, value)
     for option in dataclasses.fields(EngineOptions):
-        if option.name in BOUNDS:
-            check_number(option.name, getattr(config.optim, option.name))
+        value = getattr(config.optim, option.name)
+        if option.name in BOUNDS and (value is not None or option.name != "max_grad_norm"):
+            check_number(option.name, value)
+    check_flag("label-smoothing", config.optim.label_smoothing)
+    of_sgd = config.optim.momentum, config.optim.nesterov
+    if config.optim.optimizer == "adamw" and of_sgd != (OptimConfig().momentum, OptimConfig().nesterov):
+        raise L2TError("--momentum and --nesterov are of SGD: leave them out with --optimizer adamw.")
     check_once("method", config.method or ())
     check_once("seeds", config.seeds or ())
     _check_methods(config.method or (), config.settings)

@@ -11,6 +11,7 @@ from l2t_fast.settings.options import PRETRAIN_NAMES, PretrainConfig, SourceConf
 from l2t_fast.settings.stored import load_config, load_table
 
 _OWN = ("name", "runs", "resume")  # of the command alone: a repeated run has a folder of its own
+_OF_OPTIMIZER = ("lr", "momentum", "weight_decay", "nesterov")
 _COMMANDS = {"train": TrainConfig(), "table": TableConfig(), "pretrain": PretrainConfig()}
 
 
@@ -101,6 +102,9 @@ def with_file(config: Any, path: Path | None, given: Collection[str]) -> Any:
         saved = _of_source(saved, path)
     own = {name: getattr(config, name) for name in _OWN if hasattr(config, name)}
     merged = dataclasses.replace(_on_top(saved, config, type(config)(), given), **own)
+    if merged.optim.optimizer != saved.optim.optimizer:  # what had been filled in, or was meant, for another one
+        free = {name: getattr(config.optim, name) for name in _OF_OPTIMIZER}
+        merged = dataclasses.replace(merged, optim=dataclasses.replace(merged.optim, **free))
     source = getattr(merged, "source", SourceConfig())
     if source.source_weights is not None:  # what had been filled in for a source without
         free = {name: None for name in ("source_classes", "source_epochs") if name not in given}

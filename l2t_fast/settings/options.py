@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from l2t_fast.choices import METHODS, Export, Memory, Mode, Precision, Scheme, Tracker
+from l2t_fast.choices import METHODS, Export, Memory, Mode, Optimizer, Precision, Scheme, Tracker
 from l2t_fast.data.options import DataConfig, DataOptions
 
 
@@ -55,13 +55,15 @@ class EngineOptions:
     """An iteration: each field is an argument of `Engine`."""
 
     lr: float | None = None
-    """learning rate of SGD at the start, by default 0.1 (digits: 0.03)"""
+    """learning rate of SGD at the start, by default 0.1 (digits: 0.03); of AdamW 0.001"""
     momentum: float = 0.9
     """momentum of SGD, from 0 to 1"""
-    weight_decay: float = 1e-4
-    """weight decay of SGD"""
+    weight_decay: float | None = None
+    """weight decay, of SGD by default 0.0001; of AdamW, where it is decoupled from the gradient, 0.01"""
     nesterov: bool = False
     """Nesterov's form of momentum"""
+    max_grad_norm: float | None = None
+    """clip the gradient of each real and simulated step to this global norm, by default not"""
     meta_lr: float | None = None
     """learning rate of Adam, by default 0.0001 (digits and stanford40: 0.001)"""
     meta_weight_decay: float = 1e-4
@@ -84,8 +86,13 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(EngineOptions):
-    """The iteration: SGD on the target, Adam on the meta-networks, cosine annealing over the epochs."""
+    """The iteration: SGD or AdamW on the target, Adam on the meta-networks, cosine annealing over the epochs."""
 
+    optimizer: Optimizer = "sgd"
+    """of the target, in real and simulated steps: SGD with momentum, or AdamW (betas 0.9 and 0.999, which has no
+    --momentum)"""
+    label_smoothing: float = 0.0
+    """share of a label that all classes get alike, from 0 to 1, in each cross entropy of a training"""
     epochs: int | None = None
     """passes over the training images, by default 200 (digits: 30)"""
     batch_size: int | None = None

@@ -17,6 +17,8 @@ from l2t_fast.training.log import ADVICE, what_is_kept
 from l2t_fast.training.watch import Watch
 
 HASHES = ("images", "source weights")  # of what a training is made of: what is compared by its checksum alone
+# What is said only since there is a choice: how all were made before.
+UNSAID = {"--optimizer": "sgd", "--max-grad-norm": "None", "--label-smoothing": "0.0"}
 
 
 @dataclass
@@ -120,7 +122,7 @@ def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch, r
 
 def check_made(what: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
     """Raises L2TError where `what` was made of something else than this training is; as far as both say it."""
-    for name, value in theirs.items():
+    for name, value in {**UNSAID, **theirs}.items():
         if (own := ours.get(name, value)) != value:
             told = f"other {name}" if name in HASHES else f"{name} {value}, not {own}"
             raise L2TError(f"{what} was made with {told}: put that back, or give another --name.")

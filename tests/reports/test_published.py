@@ -23,6 +23,9 @@ OTHER_SETTINGS = {
     "inner_steps": 0,
     "scheme": "simulation",
     "where": "relu",
+    "optimizer": "adamw",
+    "label_smoothing": 0.1,
+    "max_grad_norm": 1.0,
 }
 
 

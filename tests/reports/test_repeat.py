@@ -31,6 +31,7 @@ def parsed(kind: Any, command: str) -> Any:
     [
         TrainConfig(),
         TrainConfig(seeds=(4,), optim=OptimConfig(nesterov=True, where="softplus"), settings=("l2t-ww.beta=0.1",)),
+        TrainConfig(optim=OptimConfig(optimizer="adamw", weight_decay=0.1, label_smoothing=0.1, max_grad_norm=2.0)),
         TrainConfig(data=DataConfig("digits", classes=(1, 2)), source=SourceConfig(source_classes=(3, 4))),
         TrainConfig(
             method=("at", "l2t-ww"),

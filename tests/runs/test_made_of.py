@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from l2t_fast.choices import METHODS
 from l2t_fast.cli import main
+from l2t_fast.files import load_checkpoint, save_checkpoint
 from l2t_fast.settings.defaults import resolve
 from l2t_fast.settings.options import OptimConfig, TrainConfig
 from l2t_fast.settings.stored import load_config, save_config
+from l2t_fast.training.log import read_metrics
 from tests.runs.commands import SMALL, refused
 
 QUICK = [*SMALL[:-4], "--method", "scratch", "fm-single", "--seeds", "0", "--epochs", "1", "--source-epochs", "1"]
@@ -74,3 +77,51 @@ def test_checkpoints_are_bound_to_their_cell(tmp_path: Path, capsys: pytest.Capt
     main(["train", *resume])
     assert load_config(run / "config.json").optim.lr == 0.03
     assert (run / "scratch/seed-0/result.json").exists()
+
+
+def test_each_method_learns_by_the_optimizer_and_the_loss_that_are_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = ["--runs", str(tmp_path), "--name", "run"]
+    quick = [*SMALL[:-4], "--seeds", "0", "--epochs", "1", "--source-epochs", "1", "--inner-steps", "1"]
+    methods = [name for name in METHODS if name != "finetune"]  # for which the source would be a VGG
+    given = ["--optimizer", "adamw", "--label-smoothing", "0.1", "--max-grad-norm", "0.5"]
+    main(["train", *runs, *quick, "--method", *methods, *given])
+    made = {"--optimizer": "adamw", "--label-smoothing": "0.1", "--max-grad-norm": "0.5", "--lr": "0.001"}
+    for folder in [tmp_path / "run/source", *(tmp_path / "run" / method / "seed-0" for method in methods)]:
+        checkpoint = load_checkpoint(folder / "last.pt")
+        assert checkpoint["made"].items() >= made.items()
+        assert checkpoint["engine"]["steps"]["steps"] == len(read_metrics(folder / "metrics.jsonl")) - 1
+    error = refused(capsys, *runs, "--resume", "--label-smoothing", "0.2", command="train")
+    assert error.startswith("the run was made with --label-smoothing 0.1, not 0.2: give the same settings again")
+
+
+def test_what_was_made_before_there_was_a_choice_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpoints, results and settings that say nothing of it are of SGD, without clipping and smoothing."""
+    runs = ["--runs", str(tmp_path), "--name", "run"]
+    main(["train", *runs, *SMALL[:2], "--method", "scratch", "--seeds", "0", "--epochs", "1"])
+    run, cell = tmp_path / "run", tmp_path / "run/scratch/seed-0"
+    whole = json.loads((cell / "result.json").read_text())
+    new = ("--optimizer", "--label-smoothing", "--max-grad-norm")
+    result = {**whole, "made": {name: value for name, value in whole["made"].items() if name not in new}}
+    checkpoint = load_checkpoint(cell / "last.pt")
+    for name in new:
+        del checkpoint["made"][name]
+    save_checkpoint(cell / "last.pt", checkpoint)
+    config = json.loads((run / "config.json").read_text())
+    older = {**config, "optim": {k: v for k, v in config["optim"].items() if f"--{k.replace('_', '-')}" not in new}}
+
+    for there in (True, False):
+        (cell / "result.json").write_text(json.dumps(result))
+        (run / "config.json").write_text(json.dumps(older))
+        if not there:
+            (cell / "result.json").unlink()
+        for name, value in (("label_smoothing", 0.1), ("max_grad_norm", 1.0)):  # edited by hand
+            (run / "config.json").write_text(json.dumps({**older, "optim": {**older["optim"], name: value}}))
+            error = refused(capsys, *runs, "--resume", command="train")
+            assert f"was made with --{name.replace('_', '-')} " in error
+        (run / "config.json").write_text(json.dumps(older))
+        main(["train", *runs, "--resume"])
+        again = json.loads((cell / "result.json").read_text())
+        assert {**again, "seconds": 0, "made": 0} == {**whole, "seconds": 0, "made": 0}
+    assert json.loads((run / "config.json").read_text()) == config

@@ -11,6 +11,7 @@ import pytest
 
 import l2t_fast.data.options
 import l2t_fast.settings.options
+from l2t_fast.data.options import DataConfig
 from l2t_fast.errors import L2TError
 from l2t_fast.settings.columns import column_configs
 from l2t_fast.settings.defaults import resolve
@@ -102,6 +103,35 @@ def test_a_table_is_repeated_from_its_file(tmp_path: Path) -> None:
     again = with_file(TableConfig(), tmp_path, ())
     assert again == dataclasses.replace(table, name=None)
     assert column_configs(again) == column_configs(table)
+
+
+def test_another_optimizer_has_its_own_defaults(tmp_path: Path) -> None:
+    """Also where a file has those of SGD."""
+    for dataset in ("digits", "cifar10", "stanford40"):
+        made = resolve(TrainConfig(data=DataConfig(dataset), optim=OptimConfig(optimizer="adamw"))).optim
+        assert (made.lr, made.weight_decay) == (1e-3, 1e-2)
+    made = resolve(TrainConfig(optim=OptimConfig(optimizer="adamw", lr=0.5, weight_decay=0.0))).optim
+    assert (made.lr, made.weight_decay) == (0.5, 0.0)
+
+    save_config(resolve(TrainConfig(optim=OptimConfig(lr=0.2, momentum=0.5, beta=0.3))), tmp_path / "config.json")
+    for given, lr in ((OptimConfig(optimizer="adamw"), 1e-3), (OptimConfig(optimizer="adamw", lr=0.01), 0.01)):
+        again = resolve(with_file(TrainConfig(optim=given), tmp_path, ())).optim
+        assert (again.optimizer, again.lr, again.weight_decay, again.beta) == ("adamw", lr, 1e-2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("optim", "words"),
+    [
+        (OptimConfig(optimizer="adamw", momentum=0.5), "are of SGD: leave them out with --optimizer adamw"),
+        (OptimConfig(optimizer="adamw", nesterov=True), "are of SGD: leave them out with --optimizer adamw"),
+        (OptimConfig(label_smoothing=1.5), "--label-smoothing 1.5 is too large: give a number from 0 to 1"),
+        (OptimConfig(label_smoothing=-0.1), "--label-smoothing -0.1 is too small: give at least 0"),
+        (OptimConfig(max_grad_norm=0.0), "max_grad_norm=0.0 is not to be had: give a number from"),
+    ],
+)
+def test_numbers_of_the_optimizer_are_looked_at(optim: OptimConfig, words: str) -> None:
+    with pytest.raises(L2TError, match=words):
+        resolve(TrainConfig(optim=optim))
 
 
 @pytest.mark.parametrize("config", [TrainConfig(), TableConfig(), PretrainConfig()])
