@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from benchmarks.rows import Row
 EXACT = 1e-9  # relative, float64
 TOLERANCE = 1.5  # times PyTorch's own error in the same precision
 ROUNDING = 5e-6  # relative, of float32 in whatever order, past the early chaos (CONTRIBUTING.md)
-BATCHES = 3  # that a contender is compared on: the median of an odd number forgives one at a kink
+# Batches that a contender is compared on: the median of an odd number forgives some at a kink. A GPU takes more of them
+# while the float64 of all has taken less than SPARE seconds.
+BATCHES, MOST, SPARE = 3, {"cpu": 3, "cuda": 9}, 20.0
 FEW = 2  # algorithms of cuDNN: the first may refuse
 CHECK_BATCH = {"cpu": 4, "cuda": 8}  # images of each: in float64, all that are timed would take minutes
 
@@ -67,14 +70,19 @@ def first_algorithms(device: torch.device) -> Iterator[None]:
 class Judge:
     """Compares contenders with the reference in float64."""
 
-    def __init__(self, case: Case, device: torch.device, batches: int = BATCHES) -> None:
+    def __init__(self, case: Case, device: torch.device, batches: int | None = None) -> None:
         self.case = replace(case, batch=min(case.batch, CHECK_BATCH[device.type]))
         self.device = device
-        self._seeds = range(batches)
         with first_algorithms(device):
             self.state = case.warm_state(device)
             exact = contender(REFERENCE, self.case, self.state, device, True, None)
-            self._exact = [exact.meta_gradient(*self.images(seed, torch.float64)) for seed in self._seeds]
+            self._exact: list[Gradient] = []
+            least, most = (batches, batches) if batches else (BATCHES, MOST[device.type])
+            start = perf_counter()
+            for seed in range(most):
+                if seed < least or perf_counter() - start < SPARE:
+                    self._exact.append(exact.meta_gradient(*self.images(seed, torch.float64)))
+        self._seeds = range((len(self._exact) - 1) // 2 * 2 + 1)
         self._usual: dict[str, float] = {}  # PyTorch's own error in each precision
         self._launched: dict[tuple[Way, Case], Gradient] = {}  # by engines in mode eager, on all images
 
@@ -99,11 +107,12 @@ class Judge:
         Under "compile" that of the launches which `replay` compares it with: it would have to be compiled once more.
         """
         with first_algorithms(self.device):
-            usual = self.usual_error(way.precision)
+            usual, judged = self.usual_error(way.precision), {"judged_on": len(self._seeds)}
             if way.by == "reference":  # what the others are held against
-                return {"error": usual, "error_pytorch": usual, "error_float64": 0.0, "correct": True}
+                return {"error": usual, "error_pytorch": usual, "error_float64": 0.0, "correct": True, **judged}
             error = self._error_of(way, checkout, torch.float32)
-            row: Row = {"error": error, "error_pytorch": usual, "correct": self._is_rounding(error, way.precision)}
+            row: Row = {"error": error, "error_pytorch": usual, **judged}
+            row["correct"] = self._is_rounding(error, way.precision)
             if way.precision == "fp32" and way.mode != "compile":
                 row["error_float64"] = self._error_of(way, checkout, torch.float64)
                 row["correct"] &= row["error_float64"] <= EXACT

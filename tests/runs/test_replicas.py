@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from l2t_fast.errors import L2TError
 from l2t_fast.runs.launchers.base import at_work
 from l2t_fast.runs.lock import check_free
-from l2t_fast.runs.replicas import side_by_side
+from l2t_fast.runs.replicas import _Turns, side_by_side
 from l2t_fast.runs.tasks import CellTask, cells_of, replicated
 from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.log import read_metrics
@@ -112,3 +112,20 @@ def test_all_folders_of_replicas_are_held(tmp_path: Path) -> None:
                 check_free(folder)
     for folder in folders:
         check_free(folder)
+
+
+def test_a_gpu_is_begun_before_its_generators_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has none before, and a process that takes a table's cells begins with them."""
+    generator = SimpleNamespace(graphsafe_get_state=lambda: "the state")
+    monkeypatch.setattr(torch.cuda, "default_generators", ())
+    monkeypatch.setattr(torch.cuda, "init", lambda: monkeypatch.setattr(torch.cuda, "default_generators", (generator,)))
+    assert _Turns(1, torch.device("cuda"))._read()[0] == "the state"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_replicas_on_a_gpu(tmp_path: Path) -> None:
+    """In a process of their own, where nothing has used the GPU before."""
+    on_gpu = ("--device", "cuda", "--jobs", "1", "--replicas", "2", "--seeds", "0", "1", "--epochs", "5")
+    folder = table(tmp_path, "t", *on_gpu, "--method", "scratch", "l2t-ww")
+    assert len(list(folder.rglob("seed-*/result.json"))) == 4
