@@ -96,6 +96,8 @@ def _flags(config: Any, default: Any) -> Iterator[str]:
 def gather(path: Path, folders: Sequence[Path], told: Row) -> list[Row]:
     """The rows of the file with those of `folders`, which replace older ones of the same cells; writes them.
 
+    What was told of a training stays with it: a folder to which others were added has old ones, too.
+
     Raises:
         L2TError: a folder is no table, or has no training that is done; the file is no results file.
     """
@@ -105,7 +107,11 @@ def gather(path: Path, folders: Sequence[Path], told: Row) -> list[Row]:
         new = list(cell_rows(folder, told))
         if not new:
             raise L2TError(f"no training in {folder} is done: give a folder that `l2t-fast table` made.")
-        found |= {tuple(row[name] for name in _KEY): row for row in new}
+        for row in new:
+            key = tuple(row[name] for name in _KEY)
+            old = found.get(key, {})
+            same = all(old.get(name) == row.get(name) for name in _FOUND)
+            found[key] = row | ({name: old[name] for name in told if name in old} if same else {})
     path.parent.mkdir(parents=True, exist_ok=True)
     save_text(path, "".join(json.dumps(row) + "\n" for row in (FIRST, *found.values())))
     return list(found.values())
