@@ -10,6 +10,7 @@ from l2t_fast.reports.column import Column
 from l2t_fast.reports.comparison import summarize
 from l2t_fast.reports.inspection import inspect
 from l2t_fast.reports.pictures import curves, learned, table, weights
+from l2t_fast.reports.pictures.canvas import figure, name_picture, pixels
 from l2t_fast.reports.pictures.curves import plot_curves
 from l2t_fast.reports.pictures.table import plot_table
 from l2t_fast.reports.pictures.weights import plot_channel_weights, plot_pair_weights
@@ -79,3 +80,18 @@ def test_methods_are_told_apart_without_green_against_red(tmp_path: Path, figure
     plot_curves(tmp_path / "x.png", {"digits": {f"method {i}": [rows] for i in range(11)}}, "x")
     handles = figures[0].axes[0].get_legend().get_lines()
     assert len({(line.get_color(), line.get_linestyle()) for line in handles}) == 11
+
+
+@pytest.mark.parametrize(
+    "name", ["", "digits", "npz-vgg9_bn-50, l2t-w-one-to-one: mean of 3 seeds, bands ± std", "n" * 200]
+)
+def test_the_name_of_a_picture_is_within_it(name: str) -> None:
+    fig = figure(4.6, 4.0)
+    usual = figure(4.6, 4.0).suptitle(name).get_fontsize()
+    name_picture(fig, name)
+    pixels(fig)
+    (text,) = fig.texts
+    extent = text.get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= fig.bbox.width
+    assert text.get_fontsize() == usual if len(name) < 10 else text.get_fontsize() < usual

@@ -25,6 +25,14 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def name_picture(fig: Any, title: str, **style: Any) -> None:
+    """The title of the whole picture, in smaller letters where there is no room for it."""
+    text = fig.suptitle(title, **style)
+    canvas: Any = FigureCanvasAgg(fig)
+    width = text.get_window_extent(canvas.get_renderer()).width
+    text.set_fontsize(text.get_fontsize() * min(1.0, 0.98 * fig.bbox.width / max(width, 1.0)))
+
+
 def mark_epochs(axes: Any, epochs: int) -> None:
     """Whole epochs at the bottom; a single one in the middle."""
     axes.set_xlabel("epoch")

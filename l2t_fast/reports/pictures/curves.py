@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from l2t_fast.reports.arrays import ragged
 from l2t_fast.reports.column import Epochs
-from l2t_fast.reports.pictures.canvas import COLORS, DASHES, figure, mark_epochs, plot_band, save
+from l2t_fast.reports.pictures.canvas import COLORS, DASHES, figure, mark_epochs, name_picture, plot_band, save
 
 
 def plot_curves(path: Path, columns: Mapping[str, Mapping[str, Sequence[Epochs]]], title: str) -> None:
@@ -39,5 +39,5 @@ def plot_curves(path: Path, columns: Mapping[str, Mapping[str, Sequence[Epochs]]
             left.set_title(name, loc="left", fontsize=10)
     grid[0, 0].legend(handles=[Line2D([], [], label=method, **style) for method, style in styles.items()])
     count = max((len(seeds) for runs in columns.values() for seeds in runs.values()), default=0)
-    fig.suptitle(title + (f": mean ± std of {count} seeds" if count > 1 else ""))
+    name_picture(fig, title + (f": mean ± std of {count} seeds" if count > 1 else ""))
     save(fig, path)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from l2t_fast.reports.arrays import Array
-from l2t_fast.reports.pictures.canvas import figure
+from l2t_fast.reports.pictures.canvas import figure, name_picture
 
 
 def draw_features(images: Array, source: Array, target: Array, channels: list[int], title: str) -> Any:
@@ -27,5 +27,5 @@ def draw_features(images: Array, source: Array, target: Array, channels: list[in
     for k, channel in enumerate(channels):
         grid[0, 1 + 2 * k].set_title(f"source\nchannel {channel}", fontsize=7)
         grid[0, 2 + 2 * k].set_title("target\nprojected", fontsize=7)
-    fig.suptitle(title, fontsize=9)
+    name_picture(fig, title, fontsize=9)
     return fig

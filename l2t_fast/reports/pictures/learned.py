@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
 from l2t_fast.reports.learned import Learned
-from l2t_fast.reports.pictures.canvas import COLORS, figure, mark_epochs, name_ends, plot_band, save
+from l2t_fast.reports.pictures.canvas import COLORS, figure, mark_epochs, name_ends, name_picture, plot_band, save
 
 _LABELLED = 5  # lines with their name beside them
 _WIDEST = 11.0  # points, of the line of the highest λ
@@ -40,7 +40,7 @@ def plot_learned(path: Path, learned: Learned, title: str) -> None:
         _profiles(fig.add_subplot(next(grid)), learned, colors)
     _legend(fig, learned, colors)
     count = len(learned.seeds)
-    fig.suptitle(title + (f": mean of {count} seeds, bands ± std" if count > 1 else f": seed {learned.seeds[0]}"))
+    name_picture(fig, title + (f": mean of {count} seeds, bands ± std" if count > 1 else f": seed {learned.seeds[0]}"))
     save(fig, path)
 
 

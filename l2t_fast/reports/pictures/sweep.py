@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from l2t_fast.reports.comparison import Summary
-from l2t_fast.reports.pictures.canvas import figure, name_ends, plot_band, save
+from l2t_fast.reports.pictures.canvas import figure, name_ends, name_picture, plot_band, save
 
 # Baselines cold and dashed, methods that learn the transfer warm diamonds, the last of them in the red of plot_table.
 _COLD = ["#8a949e", "#7fb2d6", "#2f6f9f", "#1b3a5c", "#6abf9f", "#2e7d6b", "#7b6fb0"]
@@ -36,7 +36,7 @@ def plot_sweep(path: Path, title: str, groups: Mapping[str, Sequence[Summary]]) 
     else:
         handles, labels = grid[0, 0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    fig.suptitle(f"{title}: mean ± std")
+    name_picture(fig, f"{title}: mean ± std")
     save(fig, path)
 
 

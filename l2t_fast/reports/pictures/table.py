@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from l2t_fast.reports.comparison import Summary, mean_std
-from l2t_fast.reports.pictures.canvas import figure, save
+from l2t_fast.reports.pictures.canvas import figure, name_picture, save
 
 # Baselines are blue dots, methods that learn the transfer red diamonds.
 _BLUE, _RED = "#2f6f9f", "#c8202f"
@@ -31,7 +31,7 @@ def plot_table(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     for axes in grid[:, 0]:
         axes.set_yticks(range(count), [standing.method for standing in summaries[0].standings])
     grid[0, 0].set_ylim(count - 0.4, -0.6)
-    fig.suptitle(title)
+    name_picture(fig, title)
     fig.legend(
         handles=_legend(summaries), loc="outside lower center", ncols=min(5, 1 + across), fontsize=8, frameon=False
     )

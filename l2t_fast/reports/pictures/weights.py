@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from l2t_fast.reports.arrays import Array
-from l2t_fast.reports.pictures.canvas import figure, mark_epochs, save
+from l2t_fast.reports.pictures.canvas import figure, mark_epochs, name_picture, save
 
 
 def plot_pair_weights(path: Path, weights: Sequence[Sequence[float]], names: Sequence[str], title: str) -> None:
@@ -49,5 +49,5 @@ def plot_channel_weights(path: Path, weights: Sequence[Array], names: Sequence[s
         axes.set_visible(False)
     fig.supxlabel("channel weight relative to uniform, C_s · w", fontsize=9)
     fig.supylabel("% of weights", fontsize=9)
-    fig.suptitle(title)
+    name_picture(fig, title)
     save(fig, path)
