@@ -167,19 +167,19 @@ def markdown(title: str, rows: Sequence[Row], against: str) -> str:
     if any(summary.metric == LAST for found in epochs[BEST].values() for summary in found):
         del epochs[BEST]
     names = {BEST: "of the epoch that is best by validation", LAST: "of the last epoch"}
-    groups = next(iter(epochs.values()))
     parts = [
         f"# {title}",
         f"Test accuracy in %, {' and '.join(names[of] for of in epochs)}: mean ± sample std over n seeds. Beside it "
         f"the method minus {against}, paired by seed (over all sizes: by seed and size), with the p of a two-sided "
         f"t-test, not corrected for the number of methods; not significant: p is {SIGNIFICANT} or more.",
     ]
-    for group in groups:
+    for group in epochs[LAST]:
         parts += [f"## {group}"]
         for of, found in epochs.items():
             parts += [f"{names[of].capitalize()}:", to_markdown(_grid(found[group], against))]
         parts += _trained([row for row in rows if group_of(row) == group])
-    parts += _across(groups, against)
+    for of, found in epochs.items():
+        parts += _across(found, against, names[of])
     return "\n\n".join(parts) + "\n"
 
 
@@ -235,8 +235,8 @@ def _trained(rows: Sequence[Row]) -> list[str]:
     return [said, "```bash\n" + "\n".join(dict.fromkeys(row["command"] for row in rows)) + "\n```"]
 
 
-def _across(groups: Mapping[str, Sequence[Summary]], method: str) -> list[str]:
-    """One method with one source and with several, where groups have the same images and sizes."""
+def _across(groups: Mapping[str, Sequence[Summary]], method: str, epoch: str) -> list[str]:
+    """One method with one source and with several, where groups have the same images and sizes; `epoch`: which one."""
     lines = []
     for group, summaries in groups.items():
         for other, theirs in groups.items():
@@ -251,7 +251,7 @@ def _across(groups: Mapping[str, Sequence[Summary]], method: str) -> list[str]:
     if not lines:
         return []
     header = ["several sources", "one source", "several (%)", "one (%)", "difference"]
-    return [f"## {method} from several sources and from one", to_markdown(Grid(header, lines))]
+    return [f"## {method} from several sources and from one, {epoch}", to_markdown(Grid(header, lines))]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
