@@ -40,11 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="an ImageFolder with train/ and test/")
     parser.add_argument("file", type=Path, help="the npz file to write")
     parser.add_argument("--val", type=int, required=True, help="images of each class for validation")
-    parser.add_argument(
-        "--train", type=int, nargs=2, metavar=("FROM", "TO"), help="which of the others are for training (default: all)"
-    )
+    which = "which of the others are for training (default: all)"
+    parser.add_argument("--train", type=int, nargs=2, metavar=("FROM", "TO"), default=(0, None), help=which)
     given = parser.parse_args(arguments)
-    for name, shape in convert(given.folder, given.file, given.val, given.train or (0, None)).items():
+    for name, shape in convert(given.folder, given.file, given.val, given.train).items():
         print(f"{name}: {' x '.join(map(str, shape))}")
 
 

@@ -56,9 +56,10 @@ class _Turns:
     def __init__(self, count: int, device: torch.device) -> None:
         self._changed = threading.Condition()
         self._left = list(range(count))  # those that are not done, the next one first
+        self._generator: torch.Generator | None = None
         if device.type == "cuda":
             torch.cuda.init()  # before it there are no generators
-        self._generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
+            self._generator = torch.cuda.default_generators[device.index or 0]
         self._start = self._read()
 
     @contextlib.contextmanager
