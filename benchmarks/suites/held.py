@@ -7,6 +7,8 @@ cells as there are epochs.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import tempfile
@@ -54,7 +56,10 @@ class _Sampler(Counter):
 
 
 def held() -> Row:
-    """Bytes of this process in memory, its open files, its threads and the processes that it has started (Linux)."""
+    """Bytes of this process in memory, its open files, its threads and the processes that it has started (Linux with
+    glibc). What is garbage, or freed and kept by malloc for later, isn't held."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     count = {name: len(os.listdir(f"/proc/self/{folder}")) for name, folder in (("files", "fd"), ("threads", "task"))}
     started = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]

@@ -11,13 +11,15 @@ from benchmarks.suites.held import held, held_rows, worker_rows
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.slow]
 
+WHAT = ("resident_bytes", "files", "threads", "processes")
+
 
 def check_flat(early: Sequence[dict[str, Any]], late: Sequence[dict[str, Any]]) -> None:
-    for what in ("files", "threads", "processes"):
-        assert late[-1][what] == early[0][what]
-    # The allocator's ups and downs are as large as a leak would be; the least of several epochs is free of them.
-    least = [min(row["resident_bytes"] for row in part) for part in (early, late)]
-    assert least[1] - least[0] < 16 * 2**20
+    # A thread that is about to end may be seen still: the least of several epochs is free of it.
+    least = {what: [min(row[what] for row in part) for part in (early, late)] for what in WHAT}
+    for what in WHAT[1:]:
+        assert least[what][1] == least[what][0]
+    assert least["resident_bytes"][1] - least["resident_bytes"][0] < 4 * 2**20
 
 
 @pytest.mark.parametrize("images", ["in memory", "in files"])
