@@ -72,7 +72,7 @@ def find_layers(module: nn.Module, example: Tensor, *, role: str, output: bool) 
     """
     check_module(module, role)
     seen = _Seen(module, role, *_run(module, example, role), output)
-    chosen = _choose(seen, timm_stages(module))
+    chosen = _choose(seen, _told(seen, timm_stages(module)))
     if not chosen:
         raise UnfitError(
             f"no layer of the {role} gives a map whose rows and columns are known to be the image's: name the layers "
@@ -122,6 +122,7 @@ class _Seen:
 
     Attributes:
         candidates: in the order of their calls. of: by the layers that return them.
+        called: the modules that ran, as lists of them do not.
         parameters, weights: as of candidates, by size, in the whole pass.
     """
 
@@ -134,6 +135,7 @@ class _Seen:
         self._role, self._trial = role, trial
         known: dict[tuple[int, int], Candidate | None] = {}  # by the tensor and how often it was written to
         calls = list(self._calls())
+        self.called = {name for name, _, _ in calls}
         classifier = [name for name, _, _ in calls if isinstance(self.modules[name], nn.Linear | nn.Conv2d)][-1:]
         for name, number, call in calls:
             for layer, feature in _features(name if number is None else f"{name}_{number}", call.output):
@@ -184,40 +186,76 @@ def _features(layer: str, output: Any) -> Iterator[tuple[str, Tensor]]:
     return ((name, v) for name, v in entries if isinstance(v, Tensor) and v.dim() in (3, 4) and not v.is_inference())
 
 
-def _choose(seen: _Seen, told: Sequence[str]) -> list[Candidate]:
-    """By falling resolution; told: the layers where stages end, as the network says itself, if they can be tapped."""
-    pool = [seen.of[layer] for layer in told if layer in seen.of]
-    if not told or len(pool) < len(told):
-        pool = seen.candidates
-    blocks = pool if told and len({candidate.size for candidate in pool}) == 1 else _blocks(seen)
+def _told(seen: _Seen, stages: Sequence[str]) -> list[Candidate]:
+    """The features that the named layers return; none where one of them returns none.
+
+    Of a list of blocks that of the last one, of a layer with several outputs the only map among them.
+    """
+    found: list[Candidate] = []
+    for layer in stages:
+        while layer not in seen.called and (inner := [name for name, _ in _children(seen, layer)]):
+            layer = f"{layer}.{inner[-1]}"
+        of_it = [seen.of[name] for name in seen.of if name == layer or name.startswith(f"{layer}[")]
+        if len(of_it) != 1:
+            return []
+        found += of_it
+    return found
+
+
+def _children(seen: _Seen, layer: str) -> list[tuple[str, nn.Module]]:
+    return list(seen.modules[layer].named_children()) if layer in seen.modules else []
+
+
+def _choose(seen: _Seen, told: Sequence[Candidate]) -> list[Candidate]:
+    """By falling resolution; told: where stages end, as the network says itself."""
+    blocks = told if told and len({candidate.size for candidate in told}) == 1 else _blocks(seen)
     if blocks:
         count = len(blocks)
         return [blocks[i] for i in dict.fromkeys(-(-count * quarter // 4) - 1 for quarter in (1, 2, 3, 4))]
     last: dict[Size, Candidate] = {}
-    for candidate in pool:
-        if candidate.weights and candidate.parameters >= _FEW * seen.parameters[candidate.size]:
+    for candidate in told or seen.candidates:
+        if candidate.weights and (told or candidate.parameters >= _FEW * seen.parameters[candidate.size]):
             before = last.get(candidate.size)
-            # Deeper inside lies the start of the block that goes on to the next resolution.
-            if before is None or _depth(candidate) <= _depth(before):
+            if before is None or told or _follows(seen, candidate, before):
                 last[candidate.size] = candidate
     by_size = sorted(last.values(), key=lambda candidate: -candidate.size[0] * candidate.size[1])
     stages = [candidate for candidate in by_size if candidate.weights > 1]  # one weight alone is a stem
     return stages if len(stages) >= _ENOUGH else by_size
 
 
-def _depth(candidate: Candidate) -> int:
-    return min(layer.count(".") for layer in candidate.layers)  # dots in names
+def _follows(seen: _Seen, candidate: Candidate, before: Candidate) -> bool:
+    """Whether it goes on at its resolution: deeper inside lies the start of the block that leads to the next one.
+
+    A block that only pools at its end belongs to the resolution before, if it has done most of the work there.
+    """
+    depth, most = _depth(seen, before), 2 * before.parameters < candidate.parameters
+    return _depth(seen, candidate) <= depth or (most and _depth(seen, candidate, pooled=False) <= depth)
+
+
+def _depth(seen: _Seen, candidate: Candidate, pooled: bool = True) -> int:
+    """How many modules run around it; pooled: those count, too, that end with a pool."""
+
+    def around(layer: str) -> list[str]:
+        parts = layer.split(".")
+        return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+    def counts(layer: str) -> bool:
+        return layer in seen.called and (pooled or layer not in seen.of or seen.of[layer].weights > 0)
+
+    return min(sum(map(counts, around(layer))) for layer in candidate.layers)
 
 
 def _blocks(seen: _Seen) -> list[Candidate]:
     """The blocks of a network that works at one resolution, but for a stem; none of another one."""
-    families: dict[tuple[str, type], list[str]] = {}  # siblings of one class, made of other layers
+    families: dict[tuple[str, type, str], list[str]] = {}  # siblings of one class, made of other layers
     for layer in seen.of:
-        if layer in seen.modules and any(seen.modules[layer].children()):
-            families.setdefault((layer.rpartition(".")[0], type(seen.modules[layer])), []).append(layer)
+        name, bracket, entry = layer.partition("[")
+        if any(_children(seen, name)):
+            kind = name.rpartition(".")[0], type(seen.modules[name]), bracket + entry
+            families.setdefault(kind, []).append(layer)
 
     def parameters(family: list[str]) -> int:
-        return sum(p.numel() for layer in family for p in seen.modules[layer].parameters())
+        return sum(p.numel() for layer in family for p in seen.modules[layer.partition("[")[0]].parameters())
 
     alike = [f for f in families.values() if len(f) > 1 and len({seen.of[layer].shape for layer in f}) == 1]
     family = max(alike, key=parameters, default=[])

@@ -211,9 +211,9 @@ def _reduced(call: _Call) -> Axes:
 
 
 _RULES: dict[Callable[[_Call], Axes], str] = {
-    _same: "detach alias lift_fresh _to_copy clone dropout native_dropout log_sigmoid_forward _softmax _log_softmax "
-    "native_layer_norm native_group_norm rms_norm _fused_rms_norm cumsum native_channel_shuffle "
-    "_native_multi_head_attention _transformer_encoder_layer_fwd",
+    _same: "detach alias lift_fresh _to_copy clone dropout native_dropout log_sigmoid_forward "
+    "_softmax _safe_softmax _log_softmax native_layer_norm native_group_norm rms_norm _fused_rms_norm cumsum "
+    "native_channel_shuffle _native_multi_head_attention _transformer_encoder_layer_fwd",
     _entrywise: "copy expand repeat where masked_fill hardswish prelu _prelu_kernel rrelu_with_noise",
     _convolution: "convolution _convolution cudnn_convolution mkldnn_convolution deform_conv2d",
     _folded: "col2im",

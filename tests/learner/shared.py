@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2t_fast.learner.layout import FeatureMap, find_layout, parse_layer, pick
@@ -71,6 +72,13 @@ def windows(x: Tensor, size: int = 4) -> Tensor:
     b, h, w, c = x.shape
     x = x.view(b, h // size, size, w // size, size, c)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, size * size, c)
+
+
+def grouped_windows(x: Tensor) -> Tensor:
+    """As in Twins: tokens of 8 x 12 positions, in windows of 4 x 4, and two heads."""
+    x = x.view(2, 2, 4, 3, 4, 8).transpose(2, 3).reshape(2, 6, 16, 2, 4).transpose(2, 3)  # [B, windows, heads, 16, 4]
+    x = F.scaled_dot_product_attention(x, x, x).transpose(2, 3).reshape(2, 2, 3, 4, 4, 8)
+    return x.transpose(2, 3).reshape(2, 96, 8)
 
 
 def shifted_windows(x: Tensor, norm: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
@@ -134,6 +135,75 @@ def test_what_timm_says_of_itself() -> None:
     tokens = Tokens(6)
     tokens.feature_info = [{"module": f"blocks.{i}"} for i in range(6)]  # type: ignore[assignment]
     assert chosen(tokens) == ["blocks.1", "blocks.2", "blocks.4", "blocks.5"]
+
+
+def test_stages_that_are_lists_of_blocks_or_give_several_features() -> None:
+    class Several(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+            x = self.block(x)
+            return x, tuple(x.shape[2:])
+
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.ModuleList([stage(3, 4, 4), nn.Conv2d(4, 4, 3, 1, 1)])
+            self.cpe = nn.Conv2d(4, 4, 3, 1, 1)  # for all blocks, outside of them
+            self.second, self.third = Several(stage(4, 6, 6)), nn.Conv2d(6, 20, 3, 2, 1)
+            self.wide, self.head = nn.Conv2d(20, 200, 1), head(200)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.first:
+                x = block(self.cpe(x)) if x.shape[1] == 4 else block(x)
+            return self.head(self.wide(self.third(self.second(x)[0])))  # type: ignore[no-any-return]
+
+    net = Stages()
+    assert chosen(net) == ["first.1", "second.block", "wide"]  # a list is nothing that its blocks run inside of
+    net.feature_info = [{"module": name} for name in ("first", "second", "third")]  # type: ignore[assignment]
+    assert chosen(net) == ["first.1", "second.block", "third"]  # as told, few parameters or not
+    net.feature_info = [{"module": name} for name in ("frist", "second", "third")]  # type: ignore[assignment]
+    assert chosen(net) == ["first.1", "second.block", "wide"]
+
+
+def test_blocks_that_give_several_features() -> None:
+    class Pairs(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.flatten(), x + self.block(x)
+
+    class Both(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)  # [B, 16, 8]
+            for block in self.blocks:
+                x = block(x)[1]
+            return self.head(self.norm(x)[:, 0])  # type: ignore[no-any-return]
+
+    net = Both(6)
+    net.blocks = nn.ModuleList(map(Pairs, net.blocks))
+    for told in ([f"blocks.{i}" for i in range(6)], [f"block.{i}" for i in range(6)], []):
+        net.feature_info = [{"module": name} for name in told]  # type: ignore[assignment]
+        assert chosen(net) == [f"blocks.{i}[1]" for i in (1, 2, 4, 5)]
+
+
+def test_a_block_that_ends_with_a_pool_is_of_the_resolution_before() -> None:
+    class Pooling(nn.Module):  # activation and pool are functions
+        def __init__(self, c: int, d: int) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(c, d, 3, 1, 1), nn.BatchNorm2d(d)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.max_pool2d(F.relu(self.norm(self.conv(x))), 2)
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), Pooling(4, 8), Pooling(8, 8), head(8))
+    assert chosen(net) == ["1.norm", "2.norm"]
+    compressing = nn.Sequential(nn.Conv2d(8, 4, 1), nn.AvgPool2d(2))  # as between the blocks of a DenseNet
+    assert chosen(nn.Sequential(stage(3, 8, 8, 8), compressing, stage(4, 6, 6), head(6))) == ["0", "2"]
 
 
 def test_a_layer_called_several_times_and_one_that_gives_several() -> None:

@@ -17,6 +17,7 @@ from tests.learner.shared import (
     attend,
     cube,
     find,
+    grouped_windows,
     images,
     mixer,
     permute,
@@ -96,6 +97,7 @@ KNOWN: dict[str, tuple[nn.Module, Tensor, FeatureMap]] = {
     "shifted windows": (
         stem(permute(0, 2, 3, 1), Do(shifted_windows, nn.LayerNorm(8))), WIDE, FeatureMap("NHWC", (8, 8, 12))
     ),
+    "attention of windows in five axes": (stem(tokens(), Do(grouped_windows)), WIDE, FeatureMap("tokens", (8, 8, 12))),
     "space to depth": (
         stem(nn.PixelUnshuffle(2), permute(0, 2, 3, 1), nn.LayerNorm(32)), WIDE, FeatureMap("NHWC", (32, 4, 6))
     ),
