@@ -118,7 +118,7 @@ def _curves(column: Column) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def add(key: str, label: str, method: str, seed: int, points: list[list[float]]) -> None:
-        if points:
+        if any(math.isfinite(value) for _, value in points):
             line = {"method": method, "seed": seed, "points": points}
             found.setdefault(key, {"label": label, "lines": []})["lines"].append(line)
 
@@ -192,7 +192,8 @@ def _timings(columns: Sequence[Column], methods: Sequence[str]) -> Grid:
                 each = stat([1000 * r["seconds"] / r["iterations"] for r in results])
                 speed = stat([r["images"] / r["seconds"] for r in results if "images" in r])
                 seconds = stat([float(r["seconds"]) for r in results])
-                numbers = [mean_std(each, 1), mean_std(speed, 0), mean_std(seconds, 1)]
+                slow = 2 if speed and speed.mean < 10 else 0
+                numbers = [mean_std(each, 1), mean_std(speed, slow), mean_std(seconds, 1)]
                 lines.append([*([column.title] if len(columns) > 1 else []), method, *numbers])
     start = ["column"] if len(columns) > 1 else []
     return Grid([*start, "method", "ms an iteration", "images a second", "seconds"], lines)

@@ -145,7 +145,8 @@ def _remarks(summary: Summary) -> list[str]:
     """What stands below a column's table: the baseline, the number of seeds, what p is worth."""
     what = "best by validation" if summary.metric == "test_accuracy_best" else "last epoch, as there is no validation"
     if summary.baseline is None:
-        return [f"No baseline has a result, so that there is nothing to compare with ({what})."]
+        known = any(standing.values for standing in summary.standings)  # else nobody knows what will count
+        return [f"No baseline has a result, so that there is nothing to compare with{f' ({what})' if known else ''}."]
     pairs = [s.comparison.pairs for s in summary.standings if s.comparison]
     remarks = [f"Best baseline: {summary.baseline}, by its mean ({what})"]
     if pairs:

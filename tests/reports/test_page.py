@@ -1,5 +1,6 @@
 """report.html: what it holds, and, opened in a browser, what it does."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,10 @@ def test_numbers_of_a_run(tmp_path: Path) -> None:
     (weights,) = data["weights"]
     assert [sum(counts) for counts in weights["counts"]] == pytest.approx([100] * 4)
     assert data["timings"]["lines"][0] == ["scratch", "20.0 ± 0.0", "400 ± 0", "2.0 ± 0.0"]
+    result = json.loads((tmp_path / "run/scratch/seed-0/result.json").read_text())
+    for seed in (0, 1):
+        (tmp_path / f"run/scratch/seed-{seed}/result.json").write_text(json.dumps({**result, "seconds": 2000.0}))
+    assert page_data(tmp_path / "run")["timings"]["lines"][0][2] == "0.40 ± 0.00"
     assert data["floors"] is None  # none are known
     assert data["environment"]["header"] == ["", "machine 1", "machine 2"]
     assert ["CPU threads", "2", "4"] in data["environment"]["lines"]
@@ -178,6 +183,33 @@ def widths(page: Any) -> dict[str, float]:
         "path[data-pair]", "lines => lines.map(line => [line.dataset.pair, Number(line.getAttribute('stroke-width'))])"
     )
     return dict(lines)
+
+
+def test_labels_of_axes_have_room(tmp_path: Path, opened: Open) -> None:
+    """Of losses that diverge, and below the small pictures of channel weights; what was never finite is no curve."""
+    run = finished(tmp_path, epochs=1)
+    nothing = float("nan")
+    rows: list[dict[str, Any]] = [{"iteration": i, "loss": 3.0 * 10 ** (9 * i)} for i in range(4)]
+    rows = [{"epoch": 0, "meta_loss": nothing, **row} for row in [*rows, {"pair_weights": RISING[0]}]]
+    for path in run.glob("l2t-ww/*/learned.json"):
+        write_rows(
+            path.with_name("metrics.jsonl"), [*rows, {"epoch": 0, "meta_loss": nothing, "pair_weights": RISING[0]}]
+        )
+        learned = json.loads(path.read_text())  # all but uniform, C w from 0.996 to 1.004
+        learned["channels"] = [{**c, "profile": [1.004, 1.0, 1.0, 0.996]} for c in learned["channels"]]
+        path.write_text(json.dumps(learned))
+    page = opened(written(run), viewport={"width": 1100, "height": 700})
+    assert page.locator('svg[aria-label="meta-loss"]').count() == 0
+    boxes = page.eval_on_selector_all(
+        "figure svg",
+        """pictures => pictures.map(one => [one.getBoundingClientRect().left, [...one.querySelectorAll('text')].map(
+            text => (box => [box.left, box.right, Math.round(box.top)])(text.getBoundingClientRect()))])""",
+    )
+    for left, texts in boxes:
+        assert all(start >= left for start, _, _ in texts)
+        for row in {top for _, _, top in texts}:
+            ends = sorted((start, end) for start, end, top in texts if top == row)
+            assert all(end < start for (_, end), (start, _) in itertools.pairwise(ends))
 
 
 def test_the_slider_goes_through_the_epochs_by_mouse_and_keys(tmp_path: Path, opened: Open) -> None:
