@@ -42,8 +42,9 @@ def read_checkpoint(place: str | Path) -> dict[str, Tensor]:
     place: FILE, or FILE:PREFIX for the entries whose names begin with PREFIX and a dot, without it. The file is one
     of torch.save or of safetensors. The state dict is bare or under `state_dict`, `model`, `weights`,
     `state_dict_ema` or `model_ema`: the first of them that is there, so the moving average (EMA) only where there are
-    no plain weights, or where PREFIX names it (FILE:model_ema). Nothing in the file is run: beside tensors and plain
-    containers only argparse.Namespace is unpickled.
+    no plain weights, or where PREFIX names it (FILE:model_ema). Where there is none of them, the state dicts under
+    other keys, at any depth, are one whose names begin with these keys. Nothing in the file is run: beside tensors and
+    plain containers only argparse.Namespace is unpickled.
 
     Raises L2TError when the file is missing, truncated or changed, holds no tensors or none beneath the prefix, or
     holds pickled objects, which are named.
@@ -76,9 +77,17 @@ def read_checkpoint(place: str | Path) -> dict[str, Tensor]:
 
 
 def _plain(states: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The first state dict under a known key, or the bare one; empty where there is none."""
+    """The first state dict under a known key, or the bare one, or those under others; empty where there is none."""
     found = (dict(states[key]) for key in (*_KEYS, "") if _is_state(states.get(key)))
-    return next(found, {})
+    return next(found, None) or dict(_nested({key: value for key, value in states.items() if key != ""}))
+
+
+def _nested(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The entries of all state dicts inside, but for optimizers', named with the keys that lead to them."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and "optim" not in str(key).lower():
+            inside = value.items() if _is_state(value) else _nested(value)
+            yield from ((f"{key}.{name}", tensor) for name, tensor in inside)
 
 
 def _is_state(value: object) -> bool:

@@ -84,16 +84,29 @@ def called_model(place: str, num_classes: int | None) -> nn.Module:
     """
     build = _function(place)
     try:
-        takes = "num_classes" in inspect.signature(build).parameters
-    except (TypeError, ValueError):  # written in C, without a signature
-        takes = False
-    try:
-        model = build(num_classes=num_classes) if takes and num_classes is not None else build()
+        model = build() if num_classes is None else _with_classes(build, num_classes)
     except Exception as error:  # whatever a user's code may raise
         raise L2TError(f"{place} raised {type(error).__name__}: {_line(error)}{_where(error)}.") from error
     if not isinstance(model, nn.Module):
         raise L2TError(f"{place} returned {type(model).__name__}, not a network: return a torch.nn.Module.")
     return model
+
+
+def _with_classes(build: Callable[..., Any], num_classes: int) -> Any:
+    """What it returns, told the number of classes if it takes that, also by **options."""
+    try:
+        parameters = inspect.signature(build).parameters
+    except (TypeError, ValueError):  # written in C, without a signature
+        return build()
+    if "num_classes" in parameters:
+        return build(num_classes=num_classes)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        try:
+            return build(num_classes=num_classes)
+        except TypeError as error:  # what they are handed on to may not take it
+            if "num_classes" not in str(error):
+                raise
+    return build()
 
 
 def _function(place: str) -> Callable[..., Any]:

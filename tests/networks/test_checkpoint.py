@@ -69,6 +69,26 @@ def test_checkpoints_of_torchvisions_scripts(tmp_path: Path) -> None:
     loads(tmp_path / "average", weights(average.module))
 
 
+def test_checkpoints_under_keys_of_their_own(tmp_path: Path) -> None:
+    """As PyTorch's tutorials, DeepSpeed, DINO and many repositories write them, at any depth."""
+    model, teacher = small(), small()
+    stepped = torch.optim.Adam(model.parameters())
+    model(torch.rand(2, 3, 32, 32)).sum().backward()
+    stepped.step()
+    rest = {"optimizer_state_dict": stepped.state_dict(), "epoch": 1, "best": torch.tensor(float("inf"))}
+    for name, content in {
+        "tutorial": {"model_state_dict": model.state_dict()},
+        "deepspeed": {"module": model.state_dict(), "optimizer": stepped.state_dict()},
+        "deep": {"net": {"module": {"weights": beneath("_orig_mod.", weights(model))}}},
+    }.items():
+        torch.save({**content, **rest}, tmp_path / name)
+        loads(tmp_path / name, weights(model))
+    both = {"student": beneath("backbone.", weights(model)), "teacher": beneath("backbone.", weights(teacher))}
+    torch.save({**both, **rest}, tmp_path / "dino")
+    refuses(tmp_path / "dino", "several networks that fit, student.backbone, teacher.backbone")
+    loads(f"{tmp_path / 'dino'}:teacher", weights(teacher))
+
+
 def test_checkpoints_of_lightning(tmp_path: Path) -> None:
     model, teacher = small(), small()
     state = beneath("model.", weights(model)) | {"criterion.weight": torch.ones(4)}

@@ -46,6 +46,15 @@ def broken():
 
 def number():
     return 3
+
+def options(**options):
+    return Net(**options)
+
+def handed_on(*args, **options):
+    return Zoo.small(*args, **options)
+
+def mistaken(**options):
+    return Net(**options) + "a network"
 """
 
 
@@ -83,6 +92,10 @@ def test_functions_get_the_number_of_classes_where_they_take_it(users: Path) -> 
     assert classes(build_model("their_nets.zoo:Net", 4)) == 4
     assert classes(build_model("their_nets.zoo:Zoo.small", 4)) == 5  # it does not take it
     assert classes(called_model("their_nets.zoo:Net", None)) == 7
+    assert classes(build_model("their_nets.zoo:options", 4)) == 4
+    assert classes(build_model("their_nets.zoo:handed_on", 4)) == 5  # it takes it, what it calls does not
+    with pytest.raises(L2TError, match="mistaken raised TypeError: unsupported operand"):
+        build_model("their_nets.zoo:mistaken", 4)
 
 
 @pytest.mark.parametrize(
