@@ -1,6 +1,7 @@
 """Settings that a file gives, and single ones by the names that they have there."""
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ def _flag(setting: str, config: Any) -> list[str]:
     key, equals, value = setting.partition("=")
     keys = _settable(config)
     if not equals or key not in keys:
-        like = next((name for name in keys if key in (keys[name][0], name.rpartition(".")[2])), "optim.lr")
+        same = [name for name in keys if key in (keys[name][0], name.rpartition(".")[2])]
+        like = [*same, *difflib.get_close_matches(key, keys, n=1), "optim.lr"][0]
         raise L2TError(f"--set {setting:.80}: give KEY=VALUE with a KEY as the saved settings have it, such as {like}.")
     option, kind = keys[key]
     flag = option.replace("_", "-")

@@ -77,7 +77,7 @@ def load_config(path: Path) -> TrainConfig:
     Raises:
         L2TError: the file is missing or is no such configuration, or has a value that no option could have.
     """
-    config: TrainConfig = _load(TrainConfig, path, "resume a folder that `l2t-fast train` made")
+    config: TrainConfig = _load(TrainConfig, path, "give a folder that `l2t-fast train` made")
     try:
         check(config)
     except L2TError as error:
@@ -107,7 +107,8 @@ def _load(cls: Any, path: Path, advice: str) -> Any:
     except L2TError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise L2TError(f"{path} is not the configuration of a run: {advice}.") from error
+        what = " (there is no such file)" if isinstance(error, FileNotFoundError) else ""
+        raise L2TError(f"{path} is not the configuration of a run: {advice}{what}.") from error
 
 
 def _build(cls: Any, values: dict[str, Any], path: Path) -> Any:

@@ -60,6 +60,7 @@ def test_what_pretrain_calls_otherwise_is_set_by_its_name_in_the_file() -> None:
     ("setting", "words"),
     [
         ("lr=0.05", "such as optim.lr"),
+        ("data.perclass=5", "such as data.per_class"),
         ("optim.rate=1", "give KEY=VALUE with a KEY as the saved settings have it"),
         ("optim.lr", "give KEY=VALUE"),
         ("name=a", "give KEY=VALUE"),
@@ -84,7 +85,7 @@ def test_a_file_gives_what_the_command_does_not(tmp_path: Path) -> None:
     assert (mixed.optim.lr, mixed.optim.momentum) == (0.3, 0.9)
     with pytest.raises(L2TError, match="leave out one of them"):
         with_file(TrainConfig(resume=True), tmp_path, ())
-    with pytest.raises(L2TError, match="is not the configuration of a run"):
+    with pytest.raises(L2TError, match=r"is not the configuration of a run: give .* \(there is no such file\)\.$"):
         with_file(TrainConfig(), tmp_path / "none.json", ())
 
 
