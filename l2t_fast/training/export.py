@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from l2t_fast.choices import Export
 from l2t_fast.errors import L2TError
 from l2t_fast.files import save_bytes
+from l2t_fast.learner.taps import unwrapped
 
 # The file of each format; the suffix says to `export` which one is meant.
 FILES: dict[Export, str] = {
@@ -27,7 +28,8 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> None:
     """Writes `network`, in evaluation mode and on the CPU, for those who have nothing of this package.
 
     Args:
-        network: any module; it is copied, and stays as it is.
+        network: any module; it is copied, and stays as it is. Of one that is wrapped (`torch.compile`, DataParallel,
+            DistributedDataParallel) the module inside counts.
         path: FILE.safetensors, its state_dict under the names it has there; FILE.pt2, a program that
             `torch.export.load` reads; FILE.onnx, a model "images" -> "logits". Graphs take batches of any size where
             the network does.
@@ -38,10 +40,14 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> None:
         MachineError: the file cannot be written.
     """
     path = Path(path)
+    if not isinstance(network, torch.jit.ScriptModule):  # whose weights can be had
+        network = unwrapped(network, "network")
     form = _SUFFIXES.get(path.suffix)
     if form is None:
         raise L2TError(f"{path} says no format: give a name that ends in {' or '.join(_SUFFIXES)}.")
     check_formats([form])
+    if not path.parent.is_dir():
+        raise L2TError(f"there is no folder {path.parent}: make it, or give another path.")
     if form == "safetensors":
         from safetensors.torch import save
 
@@ -95,7 +101,10 @@ def _graph(network: nn.Module, form: Export, example: Tensor) -> bytes:
                 with torch.no_grad():
                     torch.export.save(torch.export.export(plain, (images,), dynamic_shapes=any_batch), file)
         except Exception as error:  # whatever the exporters may raise
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+            cause: BaseException = error
+            while form == "onnx" and cause.__cause__ is not None:  # its own words are how to report it
+                cause = cause.__cause__
+            line = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200].rstrip(".")
             raise L2TError(
                 f"{type(network).__name__} cannot be exported as {form} ({line}): leave that out; 'safetensors' has "
                 "its weights."

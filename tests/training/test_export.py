@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,12 +87,41 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         export(Branches(), tmp_path / "a.pt2", X)
     with pytest.raises(L2TError, match=r"a\.h5 says no format: give a name that ends in \.safetensors or \.pt2"):
         export(Tied(), tmp_path / "a.h5", X)
+    with pytest.raises(L2TError, match=r"there is no folder .*none: make it"):
+        export(Tied(), tmp_path / "none/a.safetensors", X)
     with pytest.raises(L2TError, match="there is no export format 'h5'"):
         check_formats(["h5"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(L2TError, match=r"pip install 'l2t-fast\[onnx\]'"):
         export(Tied(), tmp_path / "a.onnx", X)
     assert not list(tmp_path.iterdir())
+
+
+def test_why_onnx_cannot_have_it(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    with pytest.raises(L2TError, match=r"as onnx \(.*data-dependent.*\): leave that out") as caught:
+        export(Branches(), tmp_path / "a.onnx", X)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.compile])
+def test_of_a_wrapped_network_what_is_inside(tmp_path: Path, wrapper: Any) -> None:
+    network = Tied()
+    export(wrapper(network), tmp_path / "a.safetensors", X)
+    assert load_file(tmp_path / "a.safetensors").keys() == network.state_dict().keys()
+    export(wrapper(network), tmp_path / "a.pt2", X)
+    assert torch.equal(torch.export.load(tmp_path / "a.pt2").module()(X), network.eval()(X))
+
+
+def test_weights_of_a_scripted_network(tmp_path: Path) -> None:
+    network = Tied()
+    export(torch.jit.script(network), tmp_path / "a.safetensors", X)
+    assert load_file(tmp_path / "a.safetensors").keys() == network.state_dict().keys()
 
 
 def test_a_trained_target_is_the_users_module_alone() -> None:
