@@ -39,7 +39,7 @@ def to_rich(grid: Grid, title: str, remarks: Sequence[str]) -> "Table":
 
     table = Table(title=Text(title), title_justify="left", caption=Text(" ".join(remarks)), caption_justify="left")
     for j, name in enumerate(grid.header):
-        table.add_column(Text(name), justify="left" if j == 0 else "right")
+        table.add_column(Text(name), justify="left" if j == 0 else "right", overflow="fold")
     for i, line in enumerate(grid.lines):
         table.add_row(*(Text(text, style="bold" if (i, j) in grid.bold else "") for j, text in enumerate(line)))
     return table

@@ -71,6 +71,16 @@ def test_missing_trainings_have_footnotes(tmp_path: Path) -> None:
     drawn(tmp_path / "table.png")
 
 
+def test_names_of_methods_are_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
+    names = ["scratch", "l2t-w-single", "l2t-w-one-to-one"]
+    found = [made for name in names for made in cells(name, [60.25, 61.5, 68.75])]
+    console = Console(width=80, record=True, file=(tmp_path / "terminal").open("w"))
+    for table in write_tables(tmp_path, "run", [Column("cifar100", found)], names):
+        console.print(table)
+    lines = [line.split("│") for line in console.export_text().splitlines() if line.startswith("│")]
+    assert "l2t-w-one-to-one" in "".join(line[1].strip() for line in lines)
+
+
 def test_a_method_that_no_column_ran_is_said_to_be_so(tmp_path: Path) -> None:
     write_tables(tmp_path, "run", [Column("digits", [])], METHODS)
     text = (tmp_path / "table.md").read_text()
