@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as torchs
 from torch.overrides import TorchFunctionMode
 
 from l2t_fast.errors import L2TError
@@ -172,6 +173,7 @@ def switched_hooks(network: nn.Module) -> Iterator[list[str]]:
     owners = [*network.modules(), *network.parameters()]
     names = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
     tables = [table for owner in owners for name in names if (table := getattr(owner, name, None))]
+    tables += [torchs._global_backward_hooks, torchs._global_backward_pre_hooks]  # of all modules
     saved = [dict(table) for table in tables]
     for table in tables:
         table.update({key: switched(hook) for key, hook in table.items()})

@@ -98,7 +98,8 @@ def _embedding(
         return rows
     _, places, counts = input.unique(return_inverse=True, return_counts=True)
     scaled = rows / counts[places].unsqueeze(-1)
-    return rows.detach() + (scaled - scaled.detach())
+    of_scaled: Tensor = rows.detach() + (scaled - scaled.detach())
+    return of_scaled
 
 
 def _torch_embedding(
