@@ -68,10 +68,10 @@ def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 class RealSurroundings:
     """Buffers, attributes and hooks of a network as they are now, for a real step: to be put back where it fails."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, left_out: Callable[[nn.Module], bool] = lambda module: False) -> None:
         # While a graph is being captured nothing happens that could be put back.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        self._network, self._buffers = network, Buffers(network, copied=not capturing)
+        self._network, self._buffers = network, Buffers(network, left_out, copied=not capturing)
         self._attributes, self._hooks = apart(read_attributes(network)), read_hooks(network)
 
     def put_back(self) -> None:
@@ -88,7 +88,7 @@ class RealSurroundings:
 @contextmanager
 def surroundings_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Puts back what passes of the networks inside have changed of these."""
-    kept = [RealSurroundings(network) for network in networks]
+    kept = [RealSurroundings(network, _is_frozen_norm) for network in networks]
     try:
         yield
     finally:
@@ -150,6 +150,11 @@ class SimulatedSurroundings:
         set_attributes(self._attributes)
         set_attributes(self._hooks)
         self._own.put_back()
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    """Whether `module` is a normalisation that only reads its buffers."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
 
 
 def _tables(network: nn.Module, left_out: Callable[[nn.Module], bool]) -> Attributes:

@@ -163,7 +163,7 @@ class Network:
 
 def _as_wide(feature: Tensor, dtype: torch.dtype) -> Tensor:
     """The feature as it is matched: one of lower precision than the images (of an autocast region) in theirs."""
-    return feature.to(dtype) if torch.promote_types(feature.dtype, dtype) != feature.dtype else feature
+    return feature.to(dtype) if feature.dtype.itemsize < dtype.itemsize else feature
 
 
 class _Enough(BaseException):
