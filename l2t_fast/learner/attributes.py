@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import operator
 import random
 import sys
 import types
@@ -30,17 +31,20 @@ def read_attributes(network: nn.Module) -> Attributes:
     What is written into a value later (a list, a tensor) is not put back, unless `apart` comes between.
     """
     found: Attributes = []
+    users: list[dict[str, Any]] = []
     for module in network.modules():
         found.append((module.__dict__, dict(module.__dict__)))
         if isinstance(module._modules, dict):  # not that of a scripted module
             found.append((module._modules, dict(module._modules)))
-    return found + [(held, dict(held)) for held in _objects([now for now, _ in found])]
+        if not type(module).__module__.startswith("torch.nn."):
+            users.append(module.__dict__)
+    return found + [(held, dict(held)) for held in _objects(users)]
 
 
 def set_attributes(attributes: Attributes) -> None:
     """Puts back what `read_attributes` gave."""
     for now, then in attributes:
-        if now.keys() != then.keys() or any(now[key] is not value for key, value in then.items()):
+        if now.keys() != then.keys() or not all(map(operator.is_, now.values(), then.values())):
             for key in now.keys() - then.keys():
                 del now[key]
             now.update(then)
@@ -55,27 +59,33 @@ def apart(attributes: Attributes) -> Attributes:
     buffers = [b for _, then in attributes for b in then.get("_buffers", {}).values() if isinstance(b, Tensor)]
     copies: dict[int, Any] = {id(b): b for b in buffers}
     places = {b.untyped_storage()._cdata for b in buffers if b.layout == torch.strided}
-    for _, then in attributes:
-        copies |= {id(v): v for v in then.values() if isinstance(v, Tensor) and _lies_in(v, places)}
-    return [(now, {**then, **_copies(then, copies)}) for now, then in attributes]
+    written = [(now, then, _writable(then)) for now, then in attributes]
+    for *_, own in written:
+        copies |= {id(v): v for v in own.values() if isinstance(v, Tensor) and _lies_in(v, places)}
+    return [
+        (now, {**then, **{k: _copied(v, copies) for k, v in own.items()}} if own else then)
+        for now, then, own in written
+    ]
+
+
+def _writable(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Those that not every module has, and that hold something which can be written into."""
+    own = ((k, attributes[k]) for k in attributes.keys() - MODULE_OWN)
+    return {k: v for k, v in own if type(v) not in _PLAIN and not isinstance(v, nn.Module) and not _is_plain(v)}
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is tuple and _PLAIN.issuperset(map(type, value))
 
 
 def _lies_in(tensor: Tensor, places: set[int]) -> bool:
     return tensor.layout == torch.strided and tensor.untyped_storage()._cdata in places
 
 
-def _copies(attributes: dict[str, Any], copies: dict[int, Any]) -> dict[str, Any]:
-    """Of those attributes that are not plain."""
-    own = ((k, v) for k, v in attributes.items() if type(v) not in _PLAIN and k not in MODULE_OWN)
-    return {k: _copied(v, copies) for k, v in own}
-
-
 def _objects(attributes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The `__dict__` of each object of a user's class that stands in the attributes or their containers."""
     found: dict[int, dict[str, Any]] = {}
-    waiting: list[Any] = [
-        v for held in attributes for k, v in held.items() if type(v) not in _PLAIN and k not in MODULE_OWN
-    ]
+    waiting = [v for held in attributes for v in _writable(held).values()]
     seen: set[int] = set()
     while waiting:
         value = waiting.pop()
