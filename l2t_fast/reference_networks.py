@@ -1,7 +1,8 @@
 """How the reference runs the user's networks: untouched, with what they hold.
 
-Attention runs on PyTorch's math backend, hardsigmoid as a line through PyTorch's value and slope, and normalize as
-x / ε where x is zero, since PyTorch cannot differentiate what it has for them twice.
+Attention runs on PyTorch's math backend, hardsigmoid as a line through PyTorch's value and slope, normalize as x / ε
+where x is zero, weight_norm and embeddings as written below, since PyTorch cannot differentiate what it has for them
+twice, or does so wrongly.
 
 Backward hooks of parameters and of modules belong to the rule by which a step gets its gradient, g = h(∇L): they act in
 real, simulated and replayed steps, and their derivative is taken. They do not act a second time when that derivative,
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as torchs
 from torch.overrides import TorchFunctionMode
 
 from l2t_fast.errors import L2TError
@@ -67,13 +69,36 @@ def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, 
     return torch.where(zero, input / eps, F.normalize(input.masked_fill(zero, 1.0), p, dim, eps))
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / |v|, whose second derivative PyTorch gets wrong."""
+    others = [i for i in range(v.dim()) if dim == -1 or i != dim]
+    return g * v / v.square().sum(others, keepdim=True).sqrt()
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Likewise, where the gradient of a row is divided by how often it is read."""
+    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, sparse=sparse)
+    counts = (input.flatten()[:, None] == input.flatten()).sum(1).view(input.shape)
+    share = 1 / counts.to(rows.dtype)[..., None] if scale_grad_by_freq else torch.ones_like(rows)
+    return rows * share + (rows * (1 - share)).detach()
+
+
 class Replaced(TorchFunctionMode):
-    """Puts these two in the places of PyTorch's; `met` says whether it had to."""
+    """Puts these in the places of PyTorch's; `met` says whether it had to."""
 
     met = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         table: dict[Any, Any] = {F.hardsigmoid: _hardsigmoid, F.normalize: _normalize}
+        table |= {torch._weight_norm: _weight_norm, F.embedding: _embedding}
         self.met |= func in table
         return table.get(func, func)(*args, **(kwargs or {}))
 
@@ -148,6 +173,7 @@ def switched_hooks(network: nn.Module) -> Iterator[list[str]]:
     owners = [*network.modules(), *network.parameters()]
     names = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
     tables = [table for owner in owners for name in names if (table := getattr(owner, name, None))]
+    tables += [torchs._global_backward_hooks, torchs._global_backward_pre_hooks]  # of all modules
     saved = [dict(table) for table in tables]
     for table in tables:
         table.update({key: switched(hook) for key, hook in table.items()})

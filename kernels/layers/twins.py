@@ -34,7 +34,7 @@ def twin_of(layer: nn.Module) -> type[nn.Module] | None:
     if type(layer) is nn.Conv2d:
         return Conv2d if _pads_by_number(layer) else None
     if type(layer) is nn.BatchNorm2d:
-        return BatchNorm2d if layer.weight is not None else None
+        return BatchNorm2d if layer.weight is not None and layer.bias is not None else None
     if type(layer) is nn.SyncBatchNorm:
         return SyncBatchNorm
     if type(layer) is nn.MaxPool2d:
@@ -48,7 +48,11 @@ class Twins:
     Differentiated a third time, convolutions and BatchNorms raise L2TError.
     """
 
+    def __reduce__(self) -> tuple[Any, ...]:  # forward passes that are lent cannot be pickled
+        return Twins, (self._network,)
+
     def __init__(self, network: nn.Module) -> None:
+        self._network = network
         self._layers: list[tuple[nn.Module, type[nn.Module], MethodType, MethodType]] = []
         for layer in network.modules():
             if (twin := twin_of(layer)) is not None:
@@ -220,7 +224,7 @@ def _evaluates(layer: nn.BatchNorm2d, x: Tensor) -> bool:
 
 
 def _takes(layer: nn.BatchNorm2d, x: Tensor) -> bool:
-    if layer.weight is None:
+    if layer.weight is None or layer.bias is None:
         return False
     full = layer.weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
     mixed = layer.weight.dtype == torch.float32 and x.dtype == torch.bfloat16

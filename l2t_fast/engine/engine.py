@@ -26,6 +26,7 @@ from l2t_fast.engine.optimizer import EngineOptimizer
 from l2t_fast.engine.precision import arithmetic, images, lay_out, reproducible, warning
 from l2t_fast.engine.shards import Shards
 from l2t_fast.engine.state import Trained
+from l2t_fast.engine.surroundings import surroundings_kept
 from l2t_fast.engine.trials import Trials
 from l2t_fast.engine.update import Rule, make_update
 from l2t_fast.errors import L2TError
@@ -240,7 +241,7 @@ class Engine:
             tensors = self._ready(self._check(x, y, val))
         if self.mode != "eager":
             self._drop_what_is_stale()
-        with generators_kept(self._device), self._computing(tensors):
+        with generators_kept(self._device), surroundings_kept(self.learner.sources), self._computing(tensors):
             _, grads = self._simulate(self._steps(tensors), tensors)
         return dict(zip(self.trained.phi, grads, strict=True))
 

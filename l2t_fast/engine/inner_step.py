@@ -5,8 +5,8 @@
 autograd; on traced networks it can be compiled.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from l2t_fast.kernels.beside import joined
 from l2t_fast.kernels.layers.autograd import constant_primals, differentiated_once, zeros_left_out
 from l2t_fast.kernels.matching import ops
 from l2t_fast.learner.attributes import apart, read_attributes, set_attributes
+from l2t_fast.learner.hooks import act_on_gradients
 from l2t_fast.learner.learner import L2T, Networks
 from l2t_fast.learner.network import Outputs, Runs
 from l2t_fast.learner.places import buffers_of
@@ -126,16 +127,21 @@ def gradient(
             **{f"projections.{i}.bias": g_bias[i] for i in pairs},
         }
         grads = {name: g for name, g in grads.items() if name in theta}
-    g_target, g_heads = pull(cotangents)
-    # The frozen parameters that are computed with in bfloat16 come along, but are no part of θ.
-    grads |= {f"{_TARGET}{name}": g for name, g in g_target.items() if f"{_TARGET}{name}" in theta}
-    grads |= {f"{_TERMS}{name}": g for name, g in g_heads.items()}
-    if not networks.traced:
-        if constant and task and torch.is_grad_enabled():  # what cross entropy alone reaches depends on no a
+    hooks = not networks.traced and act_on_gradients(learner.target)
+    with _seen_by_hooks(learner, theta, of_target, after) if hooks else nullcontext():
+        g_target, g_heads = pull(cotangents)
+        # The frozen parameters that are computed with in bfloat16 come along, but are no part of θ.
+        grads |= {f"{_TARGET}{name}": g for name, g in g_target.items() if f"{_TARGET}{name}" in theta}
+        grads |= {f"{_TERMS}{name}": g for name, g in g_heads.items()}
+        if not networks.traced and constant and task and torch.is_grad_enabled():
+            # What cross entropy alone reaches depends on no a.
             of_T = {f"{_TARGET}{name}" for name in _upstream(T, pull.target)}
             of_matching = of_T | {name for name in grads if name.startswith("projections.")}
             grads = {name: g if name in of_matching else g.detach() for name, g in grads.items()}
-        grads = {name: _hooked(learner, name, g) for name, g in grads.items()}
+        if hooks:
+            grads = {name: _hooked(learner, name, g) for name, g in grads.items()}
+            _check_hooks(learner, grads)
+    if not networks.traced:
         loss, logits, values = loss.detach(), logits.detach(), [value.detach() for value in values]
         after = {name: buffer.detach() for name, buffer in after.items()}
     return Gradient(grads, loss, logits, E, values, after)
@@ -263,20 +269,50 @@ def _given(grads: Mapping[str, Tensor | None]) -> Theta:
     return {name: g for name, g in grads.items() if g is not None}
 
 
+@contextmanager
+def _seen_by_hooks(learner: L2T, theta: Theta, of_target: Theta, buffers: dict[str, Tensor]) -> Iterator[None]:
+    """The target as hooks of a step's gradient are to see it: at the step's θ, with the buffers of its forward pass.
+
+    A parameter that has hooks stays in its place, where these may look for themselves.
+    """
+    places = learner.target_network.places
+    values = {name.removeprefix(_TARGET): p for name, p in theta.items() if name.startswith(_TARGET)}
+    others = {name: p for name, p in of_target.items() if not places.parameters[name]._backward_hooks}
+    with places.valued(values), places.holding(others, buffers):
+        yield
+
+
+def _check_hooks(learner: L2T, grads: Theta) -> None:
+    """Raises L2TError where a hook has made a gradient depend on a parameter itself, not on what stands in for it."""
+    own = {id(p): name for name, p in learner.target_network.parameters.items()}
+    ends = [g for g in grads.values() if g.requires_grad]
+    for node in nodes_of(ends):
+        if (name := own.get(id(getattr(node, "variable", None)))) is not None:
+            raise L2TError(
+                f"a hook makes a gradient of parameter '{name}' itself, whose own derivative would be lost: let it use "
+                "p.detach()."
+            )
+
+
 def _hooked(learner: L2T, name: str, g: Tensor) -> Tensor:
     """What the hooks of the user's parameter make of its gradient.
 
     Raises:
-        L2TError: a hook that gives another shape.
+        L2TError: a hook that fails, or gives another shape or dtype.
     """
     p = learner.networks.target.parameters.get(name.removeprefix(_TARGET)) if name.startswith(_TARGET) else None
     if p is None or not p._backward_hooks:
         return g
     for hook in list(p._backward_hooks.values()):
-        changed = hook(g)
-        if changed is not None and changed.shape != g.shape:
+        try:
+            changed = hook(g)
+        except Exception as error:  # whatever a hook may raise
+            line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise L2TError(f"a hook of '{name}' fails on its gradient alone ({line}): take it away.") from error
+        if changed is not None and (changed.shape, changed.dtype) != (g.shape, g.dtype):
             raise L2TError(
-                f"a hook of '{name}' makes {list(changed.shape)} of a gradient {list(g.shape)}: keep its shape."
+                f"a hook of '{name}' makes {changed.dtype} {list(changed.shape)} of a gradient {g.dtype} "
+                f"{list(g.shape)}: keep its shape and dtype."
             )
         g = g if changed is None else changed
     return g

@@ -150,7 +150,8 @@ class Iteration:
         The derivative to a is summed over the steps, then pulled back through f and g once.
         """
         network = self.learner.target_network
-        arounds = [SimulatedSurroundings(network, self.trained.device, draws) for _ in parts]
+        device, several = self.trained.device, len(parts) > 1
+        arounds = [SimulatedSurroundings(network, device, draws, several=several) for _ in parts]
 
         def gradient(kind: Kind, part: int, theta: Theta, a: list[Tensor]) -> Theta:
             around = arounds[part]
@@ -158,12 +159,14 @@ class Iteration:
             batch = parts[part].batches[kind.batch]._replace(a=a)
             found = steps.gradient(kind, True, theta, batch, around.buffers)
             around.buffers = found.buffers
+            around.end()
             return found.theta
 
         def outer(part: int, theta: Theta) -> Tensor:
             around, matched = arounds[part], parts[part]
             around.begin()
             loss = steps.task_loss(theta, *matched.outer, around.buffers)
+            around.end()
             return loss if matched.outer_weight is None else loss * matched.outer_weight
 
         try:

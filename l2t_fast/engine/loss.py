@@ -3,7 +3,7 @@
 import functools
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +67,18 @@ class Loss:
         return ((guess == y) & counted).sum().to(dtype) / counted.sum()
 
 
-def try_loss(function: LossFunction, outputs: Tensor, y: Tensor, *, twice: bool = True) -> SecondOrder:
+_PAST_OUTPUTS = (
+    "the loss depends on parameters of its own, or of the target past its outputs, which a simulated step does not "
+    "change: make them part of the target, or freeze them."
+)
+
+
+def try_loss(
+    function: LossFunction, outputs: Tensor, y: Tensor, *, twice: bool = True, through: Sequence[Tensor] = ()
+) -> SecondOrder:
     """Computes and differentiates the loss, `twice` if asked to, and puts back what that changes; how it must run.
+
+    through: leaves of autograd that it may lead to beside the outputs.
 
     Raises:
         L2TError: it cannot be computed on these, gives no scalar, depends on parameters or not on the outputs, is not
@@ -78,11 +88,9 @@ def try_loss(function: LossFunction, outputs: Tensor, y: Tensor, *, twice: bool 
     holder = function if isinstance(function, nn.Module) else nn.Module()
     with undisturbed(holder, outputs.device), torch.enable_grad():
         value = _value(function, leaf, y)  # the first call may cache something
-        if any(getattr(node, "variable", leaf) is not leaf for node in nodes_of([value])):
-            raise L2TError(
-                "the loss depends on parameters of its own, or of the target past its outputs, which a simulated step "
-                "does not change: make them part of the target, or freeze them."
-            )
+        known = {id(t) for t in (leaf, *through)}
+        if any(id(getattr(node, "variable", leaf)) not in known for node in nodes_of([value])):
+            raise L2TError(_PAST_OUTPUTS)
         if not value.requires_grad:
             raise L2TError(
                 "the loss does not depend on the target's outputs by operations that have a derivative: use such."
@@ -116,6 +124,23 @@ def try_loss(function: LossFunction, outputs: Tensor, y: Tensor, *, twice: bool 
     raise UnfitError(
         f"the loss cannot be differentiated twice ({reason}): compose it of operations that have second derivatives."
     ) from error
+
+
+@torch.no_grad()
+def check_unread(function: LossFunction, outputs: Tensor, y: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Raises L2TError where the loss reads these, parameters and buffers of the target; their values are lost."""
+    value = _value(function, outputs, y)
+    for tensor in tensors:
+        tensor.data.fill_(torch.nan) if tensor.is_floating_point() else tensor.data.add_(1)
+    try:
+        unread = torch.allclose(value, _value(function, outputs, y), equal_nan=True)
+    except L2TError:
+        unread = False
+    if not unread:
+        raise L2TError(
+            "the loss reads parameters or buffers of the target, and simulated steps have others in their places: "
+            "let the target return what the loss needs, or set it as an attribute in each pass."
+        )
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ few that exist mathematically and that PyTorch lacks. What `SecondOrder.context`
   in g, so its own derivative is itself; and piecewise constant in x, so there it is zero.
 - normalize: the norm of an all-zero vector (a padded token) is put in as the constant 0; PyTorch's second derivative is
   NaN there, though x / max(|x|, ε) is x / ε around zero.
+- weight_norm, and embeddings under `scale_grad_by_freq`: the same formulas in plain operations. PyTorch's second
+  derivatives of these are wrong without a word: they take the norm, and the counts, for what they are not.
 - LSTM, GRU and RNN on CUDA, and grid_sample there: PyTorch's own kernels instead of cuDNN's, the same formulas.
 
 What stays without: roi_align, roi_pool, ps_roi_align, deform_conv2d, EmbeddingBag, CrossMapLRN2d,
@@ -75,6 +77,38 @@ def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, 
     return input / torch.where(zero, 0.0, norm).clamp_min(eps).expand_as(input)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """torch._weight_norm: g v / |v|, with the norm over all axes but `dim`."""
+    norm: Tensor = torch.norm_except_dim(v, 2, dim)
+    return v * (g / norm)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """F.embedding, whose gradient is, if so asked, divided by how often each row is read; the names are PyTorch's."""
+    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, False, sparse)
+    if not scale_grad_by_freq:
+        return rows
+    _, places, counts = input.unique(return_inverse=True, return_counts=True)
+    scaled = rows / counts[places].unsqueeze(-1)
+    of_scaled: Tensor = rows.detach() + (scaled - scaled.detach())
+    return of_scaled
+
+
+def _torch_embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Tensor:
+    padding = None if padding_idx == -1 else padding_idx
+    return _embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+
+
 def _without_cudnn(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     enabled = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
@@ -87,6 +121,9 @@ def _without_cudnn(function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: _hardsigmoid,
     F.normalize: _normalize,
+    torch._weight_norm: _weight_norm,
+    F.embedding: _embedding,
+    torch.embedding: _torch_embedding,
     torch._C._nn.hardsigmoid: _hardsigmoid,
     torch._C._nn.hardsigmoid_: partial(_hardsigmoid, inplace=True),
     **{
@@ -105,15 +142,21 @@ class Replacements(TorchFunctionMode):
         return _TABLE.get(func, func)(*args, **(kwargs or {}))
 
 
-class _Watch(TorchFunctionMode):
-    """Whether normalize is called: on another batch a vector may be zero."""
+_SILENT = (F.normalize, torch._weight_norm, F.embedding, torch.embedding)
 
-    normalizes = False
+
+class _Watch(TorchFunctionMode):
+    """Whether a function is called whose second derivative no trial shows to be missing.
+
+    That is wrong, or, of normalize, NaN on another batch, where a vector is zero.
+    """
+
+    met = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.normalizes |= func is F.normalize
+        self.met |= func in _SILENT
         return func(*args, **(kwargs or {}))
 
 
@@ -161,7 +204,7 @@ def examine(
             with way.context(), _Watch() as watch:
                 outputs = run()
             errors[way] = differentiate_twice(outputs, parameters)
-            if errors[way] is None and (way.replace or not watch.normalizes):
+            if errors[way] is None and (way.replace or not watch.met):
                 return way
         for way, error in errors.items():
             if error is None or isinstance(error, NotFinite):  # with these numbers; nothing here mends it

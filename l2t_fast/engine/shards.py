@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from l2t_fast.errors import L2TError
 from l2t_fast.kernels import launch
+from l2t_fast.learner.attributes import Attributes, apart, read_attributes, set_attributes
 from l2t_fast.learner.learner import L2T
 from l2t_fast.ranks import Group, all_reduce_, broadcast_, gathered
 
@@ -149,7 +150,7 @@ class RealBuffers:
     """A network's buffers in a real step of several parts, each of which starts from the same ones.
 
     Afterwards the statistics of normalisations are the mean over the parts, and every other buffer is the first part's:
-    all ranks have the same.
+    all ranks have the same. Likewise the attributes of the modules, which are those of the first part of this rank.
     """
 
     def __init__(self, network: nn.Module, shards: Shards) -> None:
@@ -160,13 +161,31 @@ class RealBuffers:
                     mean = isinstance(module, _NORMS) and buffer.is_floating_point()
                     found.setdefault(id(buffer), (buffer, mean))
         self._shards, self._found = shards, list(found.values())
+        self._network, self._tables = network, [(m._buffers, dict(m._buffers)) for m in network.modules()]
+        self._attributes = read_attributes(network)
+        self._left: Attributes = []
+        set_attributes(apart(self._attributes))
         self._before = [buffer.clone() for buffer, _ in self._found]
         self._like = [b.to(torch.uint8) if b.dtype == torch.bool else b for b in self._before]
         self._total: Part | None = None
 
     @torch.no_grad()
     def take(self, weight: Tensor, first: bool) -> None:
-        """What a part has left, whose weight is ω; the next one starts from what this one did."""
+        """What a part has left, whose weight is ω; the next one starts from what this one did.
+
+        Raises:
+            L2TError: a buffer that is no longer the same tensor.
+        """
+        for buffers, then in self._tables:
+            if odd := [name for name, b in then.items() if b is not None and buffers.get(name) is not b]:
+                raise L2TError(
+                    f"buffer '{odd[0]}' changes its dtype or shape in the target's forward pass, which accumulate= and "
+                    "group= do not take: keep both."
+                )
+        if first:
+            self._left = read_attributes(self._network)
+        if self._shards.count > 1:
+            set_attributes(apart(self._attributes))
         first = first and self._shards.leads
         left = [b * weight if mean else b.clone() if first else None for b, mean in self._found]
         left = [x if x is None else x.to(like.dtype) for x, like in zip(left, self._like, strict=True)]
@@ -178,6 +197,7 @@ class RealBuffers:
     def settle(self) -> None:
         """What all parts have left goes into the buffers."""
         assert self._total is not None
+        set_attributes(self._left)
         for (buffer, _), x in zip(self._found, self._shards.over_ranks(self._total, self._like), strict=True):
             assert x is not None
             buffer.copy_(x)

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l2t_fast.engine.inner_step import Theta
-from l2t_fast.engine.loss import Loss, check_mean, try_loss
+from l2t_fast.engine.loss import Loss, check_mean, check_unread, try_loss
 from l2t_fast.engine.precision import arithmetic, reproducible
 from l2t_fast.engine.second_order import SecondOrder, examine
 from l2t_fast.learner.generators import generators_kept
-from l2t_fast.learner.hooks import sweeping
+from l2t_fast.learner.hooks import act_on_gradients, sweeping
 from l2t_fast.learner.learner import L2T
 from l2t_fast.learner.reach import check_reach
 from l2t_fast.learner.undisturbed import undisturbed
@@ -52,18 +52,26 @@ class Trials:
         """How the loss runs, so that it can be differentiated twice if somebody will, on the outputs of a batch.
 
         Raises:
-            L2TError: see `try_loss`; and `check_mean`, where batches are divided.
+            L2TError: see `try_loss` and `check_unread`; and `check_mean`, where batches are divided.
         """
-        with torch.enable_grad(), undisturbed(self._learner.target, x.device):
-            outputs = self._learner.target_network.run(x, simulated=True).logits
-        assert outputs is not None
-        found = try_loss(self._loss.function, outputs, y, twice=self._meta)
-        if not self._whole:
-            check_mean(self._loss, outputs, y)
+        network, target = self._learner.target_network, self._learner.target
+        names = [name for name, p in network.parameters.items() if p.requires_grad]
+        with torch.enable_grad(), undisturbed(target, x.device):
+            buffers = [(b, b.clone()) for b in target.buffers()]
+            stand_ins = {name: network.parameters[name].detach().clone().requires_grad_() for name in names}
+            outputs = network.run(x, stand_ins).logits
+            assert outputs is not None
+            changed = [b for b, before in buffers if b.shape != before.shape or not torch.equal(b, before)]
+            # What the pass has left in attributes (an auxiliary loss), the loss may read.
+            found = try_loss(self._loss.function, outputs, y, twice=self._meta, through=list(stand_ins.values()))
+            if not self._whole:
+                check_mean(self._loss, outputs, y)
+            check_unread(self._loss.function, outputs, y, [*(network.parameters[name] for name in names), *changed])
         return found
 
     def _modes_now(self) -> list[bool]:
-        return [module.training for module in self._learner.target.modules()]
+        target = self._learner.target
+        return [act_on_gradients(target), *(module.training for module in target.modules())]
 
 
 def try_target(learner: L2T, theta: Theta, *, meta: bool) -> SecondOrder:

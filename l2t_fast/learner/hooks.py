@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torchs
 
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_GRADIENTS = MODULE_HOOKS[2:]
 _sweeping = False  # for the whole process: on CUDA autograd runs hooks in threads of its own
 
 
@@ -21,9 +23,25 @@ def hooks_of(network: nn.Module) -> Iterator[tuple[str, str, Callable[..., Any]]
             kind = hooks.strip("_").removesuffix("_hooks").replace("_", "-")
             for hook in getattr(module, hooks).values():
                 yield name or type(module).__name__, f"{kind} hook", hook
+    for hooks in MODULE_HOOKS:
+        for hook in _of_all_modules(hooks).values():
+            yield "all modules", f"{hooks.strip('_').removesuffix('_hooks').replace('_', '-')} hook", hook
     for name, p in network.named_parameters():
         for hook in (p._backward_hooks or {}).values():
             yield name, "hook", hook
+
+
+def _of_all_modules(hooks: str) -> dict[int, Callable[..., Any]]:
+    """Those of `register_module_forward_hook` and its kind."""
+    found: dict[int, Callable[..., Any]] = getattr(torchs, f"_global{hooks}")
+    return found
+
+
+def act_on_gradients(network: nn.Module) -> bool:
+    """Whether there are hooks that run in the backward pass of a step."""
+    tables = [getattr(m, hooks) for m in network.modules() for hooks in _OF_GRADIENTS]
+    tables += [_of_all_modules(hooks) for hooks in _OF_GRADIENTS]
+    return any(tables) or any(p._backward_hooks for p in network.parameters())
 
 
 @contextmanager
@@ -40,7 +58,8 @@ def sweeping() -> Iterator[None]:
 @contextmanager
 def gated_backward_hooks(network: nn.Module) -> Iterator[None]:
     """The backward hooks that a forward pass inside sets up can be silenced by `sweeping`."""
-    held = [hooks for m in network.modules() for hooks in (m._backward_hooks, m._backward_pre_hooks) if hooks]
+    tables = [getattr(m, hooks) for m in network.modules() for hooks in _OF_GRADIENTS]
+    held = [hooks for hooks in (*tables, *map(_of_all_modules, _OF_GRADIENTS)) if hooks]
     saved = [dict(hooks) for hooks in held]
     for hooks in held:
         for key, hook in hooks.items():

@@ -51,6 +51,8 @@ def pick(output: object, layer: str, role: str) -> Tensor:
         entries = dict(output)
     elif isinstance(output, Sequence) and not isinstance(output, str):
         entries = dict(enumerate(output))
+    elif not isinstance(output, Tensor):
+        entries = {k: v for k, v in getattr(output, "__dict__", {}).items() if isinstance(v, Tensor)}
     if not entries:
         raise L2TError(f"layer '{name}' of the {role} gives {type(output).__name__}, not a tensor: tap a layer in it.")
     found = entries.get(key, entries.get(str(key))) if key is not None else None

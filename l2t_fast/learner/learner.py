@@ -1,11 +1,13 @@
 """The learner: sources, target, projections r and the meta-networks f ("what") and g ("where")."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from l2t_fast.bounds import shown
 from l2t_fast.choices import What, Where
@@ -345,15 +347,43 @@ def _each(given: Any) -> list[Any]:
     return list(given) if several else [given]
 
 
+def _places_of(network: nn.Module) -> Iterator[tuple[int, str]]:
+    """(memory that holds tensors of it, which)."""
+    for what, tensors in (("buffers", network.buffers()), ("parameters", network.parameters())):
+        for tensor in tensors:
+            if not is_lazy(tensor) and tensor.layout == torch.strided and tensor.untyped_storage().nbytes():
+                yield tensor.untyped_storage()._cdata, what
+
+
+def _check_apart(target: nn.Module) -> None:
+    """Raises L2TError for parameters that share memory, whose steps would undo each other."""
+    found: list[tuple[int, int, int, str]] = []  # (the memory, first and last entry, the parameter)
+    for name, p in target.named_parameters():
+        if not is_lazy(p) and p.layout == torch.strided and p.numel():
+            span = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            overlap = any(size > 1 and not stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            first = int(p.storage_offset())
+            found += [(p.untyped_storage()._cdata, first, first + span, name)] * (1 + overlap)
+    found.sort()
+    for (memory, _, last, one), (other_memory, first, _, other) in itertools.pairwise(found):
+        if memory == other_memory and first <= last:
+            raise L2TError(
+                f"parameters '{one}' and '{other}' of the target share memory: make them one parameter, or give each a "
+                "copy, nn.Parameter(p.clone())."
+            )
+
+
 def _check_placement(networks: Sequence[nn.Module], target: nn.Module, example: Tensor) -> None:
     if not isinstance(example, Tensor) or example.dim() != 4:
         what = f"a tensor of shape {list(example.shape)}" if isinstance(example, Tensor) else shown(example)
         raise L2TError(f"example must be images [B, C, H, W], not {what}.")
     if example.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise L2TError(f"{example.dtype} is not to be had: give networks and example float32, float64 or bfloat16.")
-    shared = {id(p) for network in networks for p in network.parameters()}
-    if any(id(p) in shared for p in target.parameters()):
-        raise L2TError("a source and the target share parameters: give the target a copy, copy.deepcopy(network).")
+    shared = {place: what for network in networks for place, what in _places_of(network)}
+    both = [shared[place] for place, _ in _places_of(target) if place in shared]
+    if both:
+        raise L2TError(f"a source and the target share {max(both)}: give the target a copy, copy.deepcopy(network).")
+    _check_apart(target)
     for role, module in [*((f"source {s}", network) for s, network in enumerate(networks)), ("target", target)]:
         for name, p in module.named_parameters():
             if p.device != example.device or p.dtype != example.dtype:

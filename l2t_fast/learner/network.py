@@ -65,7 +65,8 @@ class Network:
         half: names of the parameters that are computed with in bfloat16 on bfloat16 images.
         parameters: the module's own, by name, each once.
         statistics_matter: whether a pass in training mode reads BatchNorms' running statistics, or writes them past
-            the BatchNorm (`learner.reach` finds out): simulated passes then keep them like any other buffer.
+            the BatchNorm (`learner.reach` finds out; hooks of gradients may): simulated passes then keep them like any
+            other buffer.
 
     Raises:
         L2TError: see `find_taps`.
@@ -137,7 +138,7 @@ class Network:
             for handle in handles:
                 handle.remove()
         logits = None if result is None else self.logits_of(result)
-        features = self.as_maps(kept.features(self.role))
+        features = [_as_wide(feature, x.dtype) for feature in self.as_maps(kept.features(self.role))]
         return Outputs(features, logits, kept.read if logits is not None else None)
 
     def leaves_alone(self, module: nn.Module) -> bool:
@@ -158,6 +159,11 @@ class Network:
             return dict(given)
         wide = [given[name] if name in given else self.places.parameters[name] for name in self.half]
         return {**given, **dict(zip(self.half, cast(dtype, *wide), strict=True))}
+
+
+def _as_wide(feature: Tensor, dtype: torch.dtype) -> Tensor:
+    """The feature as it is matched: one of lower precision than the images (of an autocast region) in theirs."""
+    return feature.to(dtype) if feature.dtype.itemsize < dtype.itemsize else feature
 
 
 class _Enough(BaseException):

@@ -63,6 +63,18 @@ class Places:
             for holder, key, value in reversed(before):
                 holder[key] = value
 
+    @contextmanager
+    def valued(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """With these values in the parameters themselves, for whoever holds one of them (a hook does)."""
+        before = [(self.parameters[name], self.parameters[name].data) for name in parameters]
+        try:
+            for (p, _), tensor in zip(before, parameters.values(), strict=True):
+                p.data = tensor.detach()
+            yield
+        finally:
+            for p, data in before:
+                p.data = data
+
     def _buffer_slots(self, buffers: Mapping[str, Tensor]) -> dict[str, list[Slot]]:
         """Looked up anew each time: a module may replace its buffer."""
         if not buffers:

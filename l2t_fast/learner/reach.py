@@ -14,7 +14,7 @@ from torch import Tensor
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.alike import alike, unordered
 from l2t_fast.learner.attributes import read_attributes
-from l2t_fast.learner.hooks import sweeping
+from l2t_fast.learner.hooks import act_on_gradients, sweeping
 from l2t_fast.learner.network import Network
 from l2t_fast.learner.places import buffers_of
 from l2t_fast.learner.undisturbed import undisturbed
@@ -36,7 +36,7 @@ def check_reach(network: Network, x: Tensor, *, again: bool) -> None:
     found = _pass(network, x, names)
     _check_unwritten(network, x, names)
     network.statistics_matter = False
-    network.statistics_matter = _statistics_matter(network, x, found)
+    network.statistics_matter = act_on_gradients(network.module) or _statistics_matter(network, x, found)
     _check_buffers(network, x, names, found)
     if _same(found, _pass_or_none(network, x, names, names)):
         return
@@ -106,6 +106,11 @@ def _pass(network: Network, x: Tensor, names: Sequence[str], poisoned: Sequence[
                 f"parameter '{min(made)}' of the {network.role} is made in its forward pass: run the network on one "
                 "batch of images first."
             )
+        if moved := network.places.replaced():
+            raise L2TError(
+                f"parameter '{moved}' of the {network.role} changes its place in the forward pass: let that choose "
+                "among its children, not register others in their places."
+            )
         for name, buffer in own.items():
             if buffer._version != versions[name]:
                 raise _beside(name, network.role)
@@ -124,6 +129,9 @@ def _pass(network: Network, x: Tensor, names: Sequence[str], poisoned: Sequence[
         except RuntimeError as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise L2TError(f"the {network.role} cannot be differentiated: {line}") from error
+        for name, g in zip(stand_ins, grads, strict=False):
+            if g is not None and g.layout != torch.strided:
+                raise L2TError(f"the gradient of parameter '{name}' of the {network.role} is sparse: set sparse=False.")
         return [t.detach().clone() for t in (*values, *buffers.values(), *(g for g in grads if g is not None))]
 
 
@@ -167,7 +175,11 @@ def nodes_of(outputs: Sequence[Tensor]) -> Iterator[Any]:
 
 @torch.no_grad()
 def _statistics_matter(network: Network, x: Tensor, found: Sequence[Tensor]) -> bool:
-    """See `Network`: whether running statistics that are NaN show, or do not stay what they were."""
+    """See `Network`: whether running statistics that are NaN show, or do not stay what they were.
+
+    They show in a later pass where a BatchNorm changes its mode.
+    """
+    modes = [m.training for m in network.module.modules()]
     layers = [m for m in network.module.modules() if m.training and network.leaves_alone(m)]
     with undisturbed(network.module, x.device):
         poisoned = [b for m in layers for b in m.buffers() if b.is_floating_point()]
@@ -179,7 +191,7 @@ def _statistics_matter(network: Network, x: Tensor, found: Sequence[Tensor]) -> 
         except Exception:  # whatever a network may raise on NaN
             return True
         values = [*outputs.features, *([] if outputs.logits is None else [outputs.logits])]
-        if not _same(found[: len(values)], values):
+        if not _same(found[: len(values)], values) or modes != [m.training for m in network.module.modules()]:
             return True
         return any(
             any(now.get(key) is not b for key, b in then.items())

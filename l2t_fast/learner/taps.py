@@ -143,7 +143,10 @@ def find_taps(
         torch.manual_seed(0)
         x = torch.randn(2, *example.shape[1:]).to(example)  # two, since BatchNorm cannot train on one image
         trial = Trial({m for found in watched.values() if found for m in [found[0]]}, AxisTrail(x))
+        before = None if x.is_inference() else x._version
         result = trial.run(module, x, role)
+    if before is not None and x._version != before:
+        raise L2TError(f"the {role} writes into the images that it is given: let it work on a copy, x.clone().")
     taps: list[Tap] = []
     features: list[Tensor] = []
     for layer in layers:
@@ -153,6 +156,7 @@ def find_taps(
         same = next((taps[i].name for i, other in enumerate(features) if other is feature), None)
         if same is not None:
             raise L2TError(f"layers '{layer}' and '{same}' of the {role} are the same feature: give it once.")
+        _check_feature(feature, x, layer, role)
         as_map = find_layout(feature, trial.trail, layer, role, layout.get(layer))
         taps.append(Tap(layer, tapped, call, role, as_map, feature.shape[1]))
         features.append(feature)
@@ -165,6 +169,16 @@ def find_taps(
         raise L2TError(f"the {role} returns {list(outputs.shape)} for {len(x)} images: wrap it to return [B, ...].")
     linear, hidden = trial.last_linear(result)
     return Found(taps, shapes, tuple(outputs.shape[1:]), hidden, linear)
+
+
+def _check_feature(feature: Tensor, x: Tensor, layer: str, role: str) -> None:
+    """Raises L2TError for a feature that holds no real numbers, none at all, or not a map for each image."""
+    told = f"layer '{layer}' of the {role} gives {str(feature.dtype).removeprefix('torch.')} {list(feature.shape)}"
+    if not feature.is_floating_point() or feature.layout != torch.strided:
+        what = "which are no real numbers" if feature.layout == torch.strided else f"laid out as {feature.layout}"
+        raise L2TError(f"{told}, {what}: tap another layer.")
+    if not feature.numel() or (feature.dim() and len(feature) != len(x)):
+        raise L2TError(f"{told} for {len(x)} images: tap a layer that gives a map for each.")
 
 
 def logits_of(result: Any, key: int | str | None, role: str) -> Tensor:
@@ -278,7 +292,8 @@ class Trial(TorchDispatchMode):
                 handle.remove()
 
     def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and not t.is_inference()]
+        leaves = [*tree_leaves(output), *getattr(output, "__dict__", {}).values()]
+        tensors = [t for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
         call = Call(output, {id(t): t._version for t in tensors}, self._count)
         self.calls.setdefault(module, []).append(call)
         self._count += 1

@@ -218,6 +218,30 @@ def test_values_and_gradients_are_pytorchs_bit_by_bit(op: Function, dtype: torch
     assert actual.requires_grad or "hardsig" not in str(op).lower()
 
 
+TWICE = torch.tensor([0, 2, 2, 1, 2])
+SILENTLY_WRONG: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "weight_norm": (lambda v, g: torch._weight_norm(v, g, 0), ((4, 3), (4, 1))),
+    "weight_norm, last": (lambda v, g: torch._weight_norm(v, g, 1), ((4, 3), (1, 3))),
+    "weight_norm, whole": (lambda v, g: torch._weight_norm(v, g, -1), ((4, 3), (1,))),
+    "F.embedding": (lambda w: F.embedding(TWICE, w, scale_grad_by_freq=True), ((4, 3),)),
+    "embedding": (lambda w: torch.embedding(w, TWICE, 1, True), ((4, 3),)),
+}
+
+
+@pytest.mark.parametrize("name", SILENTLY_WRONG)
+def test_what_pytorch_differentiates_twice_wrongly_is_found_and_right(name: str) -> None:
+    function, shapes = SILENTLY_WRONG[name]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    expected = function(*inputs)
+    slopes = torch.autograd.grad(expected.pow(3).sum(), inputs)
+    with examine(nn.Module(), lambda: function(*inputs), inputs).context():
+        y = function(*inputs)
+        assert gradgradcheck(function, inputs)
+    torch.testing.assert_close(y, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(y.pow(3).sum(), inputs), slopes, rtol=1e-13, atol=1e-14)
+
+
 def test_normalize_is_pytorchs_bit_by_bit() -> None:
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(3, 1, 5, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import types
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ _NETWORKS = {"source", "source_layers", "example", "logits", "layout", "pairs"}
 
 
 Back = Callable[[], Any]
-_TORCHS = {*vars(nn.Module())} - {"_buffers"}
+_TORCHS = {*vars(nn.Module())} - {"_buffers", "_modules", "training"}
 
 
 def keeper(value: Any) -> Back:
@@ -99,6 +100,12 @@ def keeper(value: Any) -> Back:
     if isinstance(value, dict):
         items = {key: keeper(item) for key, item in value.items()}
         return lambda: (value.clear(), value.update({key: item() for key, item in items.items()}), value)[-1]
+    if isinstance(value, types.SimpleNamespace):
+        back = keeper(vars(value))
+        return lambda: (back(), value)[1]
+    if isinstance(value, tuple):
+        held = [keeper(item) for item in value]
+        return lambda: ([item() for item in held], value)[1]
     if isinstance(value, (list, deque)):
         elements = [keeper(item) for item in value]
         return lambda: (value.clear(), value.extend(item() for item in elements), value)[-1]
@@ -248,8 +255,8 @@ def values(network: nn.Module) -> dict[str, Tensor]:
             found[name.replace("_orig_mod.", "")] = value.detach().double()
         elif isinstance(value, (bool, int, float)):
             found[name] = torch.tensor(float(value), dtype=torch.float64)
-        elif isinstance(value, dict):
-            for key, item in value.items():
+        elif isinstance(value, (dict, types.SimpleNamespace)):
+            for key, item in (value if isinstance(value, dict) else vars(value)).items():
                 note(f"{name}.{key}", item)
         elif isinstance(value, (list, tuple, deque)):
             for i, item in enumerate(value):

@@ -1,7 +1,10 @@
 """What a layer gives, against what is written down by hand and against what a changed corner of the image moves."""
 
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from l2t_fast.errors import L2TError
 from l2t_fast.learner.layout import FeatureMap, parse_layer, pick
+from l2t_fast.learner.network import Network
 from l2t_fast.learner.trail import AxisTrail
 from tests.learner.shared import (
     Do,
@@ -338,3 +342,41 @@ def test_layers_by_place_and_key() -> None:
     ):
         with pytest.raises(L2TError, match=re.escape(message)):
             pick(output, layer, "target")
+
+
+class Gives(nn.Module):
+    """`layer` gives what `make` makes of a map."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.layer = type("Layer", (nn.Module,), {"forward": lambda _, x: make(x)})()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.layer(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x[:, :0], r"gives float32 \[2, 0, 6, 6\] for 2 images"),
+        (lambda x: x[:, :, :0], r"gives float32 \[2, 4, 0, 6\] for 2 images"),
+        (lambda x: torch.cat([x, x]), r"gives float32 \[4, 4, 6, 6\] for 2 images"),
+        (lambda x: torch.complex(x, x), "which are no real numbers"),
+        (lambda x: x > 0, "which are no real numbers"),
+        (lambda x: x.to_sparse(), "laid out as torch.sparse_coo"),
+    ],
+)
+def test_what_is_no_map_of_numbers_is_refused_whatever_its_layout_is_said_to_be(make: Any, message: str) -> None:
+    with pytest.raises(L2TError, match=message):
+        Network(Gives(make), ["layer"], SQUARE, role="target", output=True, layout={"layer": "NCHW"})
+
+
+def test_a_feature_is_an_attribute_of_what_a_layer_returns() -> None:
+    network = Gives(lambda x: SimpleNamespace(low=x, high=x * 2))
+    high = Network(network, ["layer[high]"], SQUARE, role="target", output=True)
+    torch.testing.assert_close(high.run(SQUARE).features[0], network.conv(SQUARE) * 2)
+    with pytest.raises(L2TError, match="gives several features: tap one by its place"):
+        Network(network, ["layer"], SQUARE, role="target", output=True)
