@@ -10,7 +10,7 @@ from l2t_fast.data.splits import load_data
 from l2t_fast.files import save_weights
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.ranks import joined
-from l2t_fast.runs.cell import cell_weights
+from l2t_fast.runs.cell import cell_weights, made_with
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.run import opened, train
 from l2t_fast.settings.defaults import check_flag, file_name, resolve
@@ -62,7 +62,8 @@ def _checkpoint(folder: Path, made: TrainConfig, console: Console) -> Path:
     assert target.target_width is not None
     classes = load_data(made.data, seed).num_classes
     network = build_model(target.target, classes, target.target_width)
-    network.load_state_dict(cell_weights(folder / "scratch" / f"seed-{seed}"))
+    made_of = {**made_with(made, "scratch"), "seed": str(seed)}
+    network.load_state_dict(cell_weights(folder / "scratch" / f"seed-{seed}", network, made_of))
     path = folder / "source.pt"
     with alone(folder):
         save_weights(path, network, classes)
