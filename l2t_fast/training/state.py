@@ -134,7 +134,7 @@ def load_best(path: Path, network: nn.Module, made: Mapping[str, str], epoch: in
     """
     content = load_checkpoint(path)
     weights, theirs = content.get("weights"), content.get("made", {})
-    if not isinstance(theirs, dict) or not _is_of(weights, network):
+    if not isinstance(theirs, dict) or not isinstance(weights, dict) or not _is_of(weights, network):
         raise L2TError(f"checkpoint {path} is of something else: remove {path.parent}, to train that part anew.")
     if theirs:  # older files say nothing, not even which optimizer
         check_made(f"checkpoint {path}", theirs, made)
@@ -147,12 +147,11 @@ def load_best(path: Path, network: nn.Module, made: Mapping[str, str], epoch: in
     return dict(weights)
 
 
-def _is_of(weights: Any, network: nn.Module) -> bool:
+def _is_of(weights: Mapping[Any, Any], network: nn.Module) -> bool:
     """Whether these are weights of `network`, by their names, sizes and types."""
     ours = network.state_dict()
     return (
-        isinstance(weights, dict)
-        and weights.keys() == ours.keys()
+        weights.keys() == ours.keys()
         and all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in weights.values())
         and all((t.shape, t.dtype) == (ours[name].shape, ours[name].dtype) for name, t in weights.items())
     )
