@@ -42,6 +42,10 @@ class Data:
         """Of all images and labels; of images in files, of their names."""
         return f"{self.test.checksum(self.val.checksum(self.train.checksum())):08x}"
 
+    def sample(self) -> str:
+        """A checksum of what some of the images in files hold."""
+        return f"{self.test.sample(self.val.sample(self.train.sample())):08x}"
+
 
 def load_data(config: DataConfig, seed: int) -> Data:
     """The data set that `config` names, split; `seed` chooses only the `per_class` images.

@@ -17,7 +17,11 @@ from l2t_fast.ranks import ALONE, Ranks
 from l2t_fast.training.log import ADVICE, what_is_kept
 from l2t_fast.training.watch import Watch
 
-HASHES = ("images", "source weights")  # of what a training is made of: what is compared by its checksum alone
+HASHES = (
+    "images",
+    "images in the files",
+    "source weights",
+)  # of what a training is made of: what is compared by its checksum alone
 # What is said only since there is a choice: how all were made before.
 UNSAID = {"--optimizer": "sgd", "--max-grad-norm": "None", "--label-smoothing": "0.0"}
 

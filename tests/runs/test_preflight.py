@@ -15,6 +15,8 @@ from tests.runs.commands import SMALL, refused, rows
     ("given", "words"),
     [
         ("--mode graph --device cpu", "--mode graph needs a CUDA device, not cpu: leave it out"),
+        ("--method scratch --classes 5", "one class of digits leaves nothing to tell apart: take two or more"),
+        ("--method at --source-classes 1", "one class of digits leaves nothing to tell apart: take two or more"),
         ("--method scratch finetune", "nothing of the source (CifarResNet) fits the target (CifarVGG)"),
         ("--method fm-single --target-layers nowhere", "no layer 'nowhere'"),
     ],
