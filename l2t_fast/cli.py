@@ -94,7 +94,8 @@ def _surroundings() -> None:
 
 
 def _say(text: str, **how: Any) -> None:
-    """Prints to stderr, if that can be had."""
+    """Prints to stderr, if that can be had; what the name of a file would have the terminal do is spelled."""
+    text = "".join(c if c.isprintable() or c == "\n" or "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in text)
     with contextlib.suppress(OSError):
         Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True, **how)
 

@@ -67,7 +67,8 @@ def save_bytes(path: Path, content: bytes | memoryview) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with writing(path, len(content)):
-            with part.open("wb") as file:
+            part.unlink(missing_ok=True)  # of a killed process; and what a link leads to is not ours
+            with part.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

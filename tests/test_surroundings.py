@@ -219,3 +219,11 @@ def test_a_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capsys
     assert stopped.value.code == 3
     error = capsys.readouterr().err
     assert error.startswith("l2t-fast: a library cannot be loaded (libtorch_cpu.so: failed to map segment from shared")
+
+
+def test_what_names_would_have_a_terminal_do_is_spelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "x\x1b[2J\x07é")])
+    error = capsys.readouterr().err
+    assert r"x\x1b[2J\x07é is no run" in error
+    assert "\x1b" not in error

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from l2t_fast.errors import L2TError
 from l2t_fast.files import at_home
 
 _MOST = 4 * 2**30  # bytes of resized images
+_MOST_CLASSES = 10**6  # of a split file
 
 
 @dataclass(frozen=True)
@@ -190,8 +193,8 @@ def _read_split(prefix: str, train: Tensor, test: Tensor) -> tuple[tuple[int, ..
             raise L2TError(f"there is no split file {path}; give the common beginning of three split files.")
         try:
             classes, indices = torch.load(path, weights_only=True)
-            found.append((tuple(map(int, classes)), torch.tensor(indices, dtype=torch.int64)))
-            if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
+            found.append((_whole(classes), torch.tensor(_whole(indices), dtype=torch.int64)))
+            if not classes or min(classes) < 0 or max(classes) >= _MOST_CLASSES or len(set(classes)) < len(classes):
                 raise ValueError("classes must be different and not negative")
         except Exception as error:  # on bytes of any origin the unpickler may raise anything
             raise L2TError(f"{path} is no torch-saved (classes, indices) of integers; get it again.") from error
@@ -203,11 +206,21 @@ def _read_split(prefix: str, train: Tensor, test: Tensor) -> tuple[tuple[int, ..
                 f"{path} names images that are not among the {len(labels)} of the data set; "
                 "use it with the data set that it was made for."
             )
+        if len(indices.unique()) < len(indices):
+            raise L2TError(f"{path} names an image twice; get it again.")
         if not torch.isin(labels[indices], torch.tensor(classes)).all():
             raise L2TError(
                 f"{path} names images of classes that it does not list; use it with the data set that it was made for."
             )
     return found[0][0], found[0][1], found[1][1], found[2][1]
+
+
+def _whole(numbers: Sequence[Any]) -> tuple[int, ...]:
+    """Raises TypeError where one is no whole number: it would be cut to one."""
+    found = tuple(map(operator.index, numbers))
+    if any(isinstance(number, bool) for number in numbers):
+        raise TypeError("not numbers")
+    return found
 
 
 def _draw(

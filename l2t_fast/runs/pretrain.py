@@ -14,6 +14,7 @@ from l2t_fast.runs.cell import cell_weights, made_with
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.run import opened, train
 from l2t_fast.settings.defaults import check_flag, file_name, resolve
+from l2t_fast.settings.given import check_source
 from l2t_fast.settings.options import PRETRAIN_NAMES, PretrainConfig, SourceConfig, TargetConfig, TrainConfig
 
 
@@ -51,6 +52,7 @@ def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = 
 
     with joined(config.device) as ranks:
         folder, made, resume = opened(asked, complete, PRETRAIN_NAMES, given)
+        check_source(made, folder / "config.json")
         train(folder, made, console if ranks.leads else Console(quiet=True), resume)
         return ranks.first(lambda: _checkpoint(folder, made, console))
 

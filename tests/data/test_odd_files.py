@@ -183,6 +183,17 @@ def test_a_folder_may_itself_be_a_link(tmp_path: Path) -> None:
     assert len(load_data(DataConfig(dataset="folder", data_root=tmp_path / "here"), 0).test) == 8
 
 
+@pytest.mark.parametrize("place", [".ipynb_checkpoints", "a/.ipynb_checkpoints"])
+def test_hidden_folders_are_refused(tmp_path: Path, place: str) -> None:
+    """Copies in them would be a class of their own, or images twice."""
+    write_folder(tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / part / place).mkdir()
+        (tmp_path / part / place / "0.png").write_bytes((tmp_path / part / "a/0.png").read_bytes())
+    with pytest.raises(L2TError, match=rf"train/{place} is hidden, and would be read as any other folder; remove it"):
+        load_data(DataConfig(dataset="folder", data_root=tmp_path), 0)
+
+
 def test_a_pipe_in_a_folder_of_images_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path)
     os.mkfifo(tmp_path / "train/a/9.png")

@@ -139,6 +139,15 @@ def test_bad_split_files(tmp_path: Path) -> None:
         (save_split(tmp_path / "c", good, good, ([0, 1], [0])), "c-test names other classes"),
         (save_split(tmp_path / "d", ([3], list(range(50))), good, good), "d-train names images of classes"),
         (save_split(tmp_path / "e", ([0, 0], [0]), good, good), "e-train is no torch-saved"),
+        (
+            save_split(tmp_path / "f", (everything, [0.5, 1.9]), good, good),
+            "f-train is no torch-saved",
+        ),  # no cut numbers
+        (save_split(tmp_path / "g", ([0.9, 1.2], [0]), good, good), "g-train is no torch-saved"),
+        (save_split(tmp_path / "h", good, (everything, [[0, 1], [2, 3]]), good), "h-val is no torch-saved"),
+        (save_split(tmp_path / "i", good, (everything, [True, False]), good), "i-val is no torch-saved"),
+        (save_split(tmp_path / "j", ([0, 10**18], [0]), good, good), "j-train is no torch-saved"),
+        (save_split(tmp_path / "k", (everything, [0, 1, 0]), good, good), "k-train names an image twice"),
         (str(tmp_path / "absent"), "no split file .*absent-train"),
     ]
     for split, words in bad:

@@ -117,8 +117,10 @@ def _sixteen_bits(image: Image.Image) -> Image.Image:
 
 
 def check_tree(folder: Path) -> None:
-    """Raises L2TError where the folder, or something in it, is neither a folder nor a file: links make images twice or
-    of another class, and reading a pipe never ends."""
+    """Raises L2TError where the folder, or something in it, is neither a folder nor a file, or is a hidden folder.
+
+    Links, and the copies that notebooks keep, make images twice or of another class, and reading a pipe never ends.
+    """
     if folder.is_symlink():
         raise _link(folder)
     waiting = [folder]
@@ -128,6 +130,8 @@ def check_tree(folder: Path) -> None:
                 if entry.is_symlink():
                     raise _link(Path(entry.path))
                 if entry.is_dir():
+                    if entry.name.startswith("."):
+                        raise L2TError(f"{entry.path} is hidden, and would be read as any other folder; remove it.")
                     waiting.append(Path(entry.path))
                 elif not entry.is_file():
                     raise L2TError(f"{entry.path} is neither a file nor a folder; remove it.")
