@@ -53,6 +53,8 @@ def test_what_may_change_when_a_run_goes_on() -> None:
         ("", "method", ["l2t"], "there is no method 'l2t'"),
         ("", "name", "../x", "--name '../x' is not the name of a folder"),
         ("", "optim", 5, "'optim' cannot be 5"),
+        ("target", "target", None, "--target None is no network: give its name"),
+        ("target", "target_width", None, "--target-width None is too small"),
     ],
 )
 def test_an_edited_value_is_named(tmp_path: Path, part: str, key: str, value: Any, words: str) -> None:
