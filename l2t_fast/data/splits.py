@@ -7,6 +7,7 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
     or does not fit in memory at the size asked for.
     """
     _check(config)
+    if not isinstance(seed, int):
+        raise L2TError(f"the seed must be a whole number, not {shown(seed)}.")
     train, test, num_classes, held_out = whole_sets(config)
     skip = config.on_bad_image == "skip"
     good = [images.readable() if skip else torch.ones(len(images), dtype=torch.bool) for images in (train, test)]
@@ -131,6 +134,8 @@ def _check(config: DataConfig) -> None:
     if not isinstance(config.dataset, str) or config.dataset not in DATASETS:
         nearest = ", ".join(difflib.get_close_matches(str(config.dataset).lower(), DATASETS, n=3, cutoff=0.0))
         raise L2TError(f"there is no data set named {config.dataset!r}; the nearest names are {nearest}.")
+    if not isinstance(config.data_root, str | PathLike):
+        raise L2TError(f"data_root must be a path, not {shown(config.data_root)}.")
     if config.classes is not None and not (
         isinstance(config.classes, Sequence)
         and all(isinstance(c, int) for c in config.classes)

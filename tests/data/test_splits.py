@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +165,7 @@ def test_bad_split_files(tmp_path: Path) -> None:
         (DataConfig(dataset="cifar11"), "nearest names are cifar10"),
         (DataConfig(classes=(3, 10)), "classes 0 to 9"),
         (DataConfig(classes=(-1, 3)), "classes 0 to 9"),
+        (DataConfig(data_root=3), "data_root must be a path, not 3"),  # type: ignore[arg-type]
         (DataConfig(classes=(3, 3)), "must be different"),
         (DataConfig(classes=()), "at least one"),
         (DataConfig(classes=(3,), split="x"), "either classes or a split"),
@@ -176,3 +178,9 @@ def test_bad_split_files(tmp_path: Path) -> None:
 def test_load_data_refuses(config: DataConfig, words: str) -> None:
     with pytest.raises(L2TError, match=words):
         load_data(config, seed=0)
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "a"])
+def test_seeds_that_are_none(seed: Any) -> None:
+    with pytest.raises(L2TError, match="the seed must be a whole number, not"):
+        load_data(DataConfig(per_class=3), seed)
