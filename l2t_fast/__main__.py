@@ -2,7 +2,10 @@
 
 import sys
 
-from l2t_fast.cli import main
+try:
+    from l2t_fast.cli import main
+except KeyboardInterrupt:  # in the first moments
+    sys.exit(130)
 
 if __name__ == "__main__":
     code: str | int | None = 0

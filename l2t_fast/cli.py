@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from l2t_fast.environment import be_patient, version_of
-from l2t_fast.errors import Interrupted, L2TError, OutputClosed, memory_watched
+from l2t_fast.errors import Interrupted, L2TError, MachineError, OutputClosed, memory_watched
 from l2t_fast.settings.given import with_file, without_set
 from l2t_fast.settings.options import PretrainConfig, TableConfig, TrainConfig
 from l2t_fast.signals import exit_code
@@ -73,6 +73,31 @@ def _to_nowhere() -> None:
     """What is still to be printed, at the end of the process too, goes nowhere."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _surroundings() -> None:
+    """What a shell may have left in a state that libraries cannot work with.
+
+    Raises:
+        MachineError: the working folder is gone.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: a file that is opened later must not be in its place
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+    if os.environ.get("COLUMNS") == "0":  # rich would print nothing
+        del os.environ["COLUMNS"]
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise MachineError(f"the working folder cannot be had ({error.strerror}): change to another one.") from error
+
+
+def _say(text: str, **how: Any) -> None:
+    """Prints to stderr, if that can be had; what the name of a file would have the terminal do is spelled."""
+    text = "".join(c if c.isprintable() or c == "\n" or "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in text)
+    with contextlib.suppress(OSError):
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True, **how)
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
@@ -225,8 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bench": bench,
     }
     be_patient()
-    _print_anything()
     try:
+        _surroundings()
+        _print_anything()
         if given[:1] == ["bench"]:  # its arguments are its own
             run_bench(given[1:])
         if given[:1] == ["--version"]:
@@ -237,25 +263,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with memory_watched():
             tyro.extras.subcommand_cli_from_dict(commands, prog="l2t-fast", description=_DESCRIPTION, args=given)
     except L2TError as error:
-        Console(stderr=True).print(f"l2t-fast: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _say(f"l2t-fast: {error}", style="red")
         sys.exit(error.status)
     except (OutputClosed, BrokenPipeError):
         _to_nowhere()
         sys.exit(130)
     except OSError as error:  # a path that no system call takes, or what a library met on its way
         where = f"{error.filename!r:.200}: " if error.filename is not None else ""
-        why = f"{where}{error.strerror or error}: give another path, or mend that."
-        Console(stderr=True).print(f"l2t-fast: {why}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _say(f"l2t-fast: {where}{error.strerror or error}: give another path, or mend that.", style="red")
         sys.exit(2 if error.errno == errno.ENAMETOOLONG else 3)
+    except ImportError as error:
+        if "shared object" not in str(error):
+            raise
+        _say(f"l2t-fast: a library cannot be loaded ({error}): free memory, or install it again.", style="red")
+        sys.exit(3)
     except Interrupted:
-        Console(stderr=True).print(
-            "stopped and saved: the same command goes on, `train` and `pretrain` with --resume and the same --name",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say("stopped and saved: the same command goes on, `train` and `pretrain` with --resume and the same --name")
         sys.exit(exit_code())
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped at once: what was saved before is there", highlight=False)
+        _say("stopped at once: what was saved before is there")
         sys.exit(130)
 
 

@@ -67,7 +67,8 @@ def save_bytes(path: Path, content: bytes | memoryview) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with writing(path, len(content)):
-            with part.open("wb") as file:
+            part.unlink(missing_ok=True)  # of a killed process; and what a link leads to is not ours
+            with part.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -172,6 +173,31 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+class TwiceError(ValueError):
+    """JSON that says one thing twice: whose reader knows which of them is meant?"""
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        TwiceError: it says one thing twice.
+        ValueError: it is none.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise TwiceError(f"'{next(name for name in names if names.count(name) > 1)}' is there twice")
+        return found
+
+    try:
+        return json.loads(content, object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def load_json(path: Path, numbers: Sequence[str] = ()) -> dict[str, Any]:
     """A JSON object, which has `numbers` under these keys.
 
@@ -179,12 +205,12 @@ def load_json(path: Path, numbers: Sequence[str] = ()) -> dict[str, Any]:
         L2TError: the file is missing, empty or damaged, or holds something else.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise L2TError(f"{path} is damaged ({error or 'empty'}): remove it, and give the command again.") from error
     if not isinstance(content, dict):
         raise L2TError(f"{path} is damaged (not an object of JSON): remove it, and give the command again.")
     for key in numbers:
-        if not isinstance(content.get(key), int | float):
+        if not isinstance(content.get(key), int | float) or isinstance(content[key], bool):
             raise L2TError(f"{path} is damaged ('{key}' is no number): remove it, and give the command again.")
     return content

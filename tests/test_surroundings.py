@@ -35,12 +35,13 @@ def surroundings(**changes: str | None) -> dict[str, str]:
         ),
         (
             [],
-            {"PYTHONIOENCODING": "latin-1", "HOME": NOWHERE, "MPLCONFIGDIR": NOWHERE, "NO_COLOR": "1", "TERM": None},
+            {"PYTHONIOENCODING": "latin-1", "HOME": NOWHERE, "MPLCONFIGDIR": NOWHERE, "NO_COLOR": "1", "TERM": None}
+            | {"MPLBACKEND": "none such", "COLUMNS": "0"},
             "latin-1",
             "·",
         ),
     ],
-    ids=["ascii, no home, dumb, -O", "latin-1, read-only home, no colour"],
+    ids=["ascii, no home, dumb, -O", "latin-1, read-only home, no colour, no backend, no columns"],
 )
 def test_a_run_and_what_it_learned(
     tmp_path: Path, python: list[str], changes: dict[str, str | None], encoding: str, dot: str
@@ -148,3 +149,81 @@ def test_names_in_brackets_are_not_markup(tmp_path: Path, capsys: pytest.Capture
         main(["train", "--runs", str(tmp_path / "[/x]"), "--name", "[red]x", "--resume"])
     assert stopped.value.code == 2
     assert "[/x]/[red]x" in capsys.readouterr().err.replace("\n", "")
+
+
+def started_in(arguments: list[str], cwd: Path, before: str) -> subprocess.CompletedProcess[str]:
+    """A command in a shell in which this was done before."""
+    command = f'{before}; exec "$0" "$@"'
+    return subprocess.run(
+        ["sh", "-c", command, *COMMAND, *arguments],
+        cwd=cwd,
+        env=surroundings(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_what_is_closed_is_written_nowhere(tmp_path: Path) -> None:
+    """Nor into a file that is opened in its place."""
+    done = started_in(["train", "--help"], tmp_path, "exec >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = started_in(["train", "--name", ".."], tmp_path, "exec <&- >&- 2>&-")
+    assert done.returncode == 2
+    script = "from l2t_fast.cli import main; main(['--version']); import os; os._exit(os.open('/', os.O_RDONLY))"
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, script], env=surroundings(), check=False
+    )
+    assert done.returncode > 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_an_error_that_nobody_can_read_has_its_exit_code(tmp_path: Path) -> None:
+    assert started_in(["train", "--name", ".."], tmp_path, "exec 2>/dev/full").returncode == 2
+
+
+def test_a_working_folder_that_was_removed(tmp_path: Path) -> None:
+    """In which libraries of numbers end the process."""
+    (tmp_path / "here").mkdir()
+    done = started_in(["doctor"], tmp_path / "here", "rmdir ../here")
+    assert done.returncode == 3
+    assert done.stderr.startswith(
+        "l2t-fast: the working folder cannot be had (No such file or directory): change to an"
+    )
+
+
+def test_stopped_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Loading the command line takes a moment, too."""
+    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt")
+    here = surroundings()
+    path = os.pathsep.join([str(tmp_path), here["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "l2t_fast", "doctor"],
+        env={**here, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where memory is too little for PyTorch itself."""
+
+    def fail(*arguments: object) -> None:
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    monkeypatch.setattr("l2t_fast.cli.tyro.extras.subcommand_cli_from_dict", lambda *given, **more: fail())
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    assert stopped.value.code == 3
+    error = capsys.readouterr().err
+    assert error.startswith("l2t-fast: a library cannot be loaded (libtorch_cpu.so: failed to map segment from shared")
+
+
+def test_what_names_would_have_a_terminal_do_is_spelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "x\x1b[2J\x07é")])
+    error = capsys.readouterr().err
+    assert r"x\x1b[2J\x07é is no run" in error
+    assert "\x1b" not in error

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from l2t_fast.errors import L2TError
 from l2t_fast.files import at_home
 
 _MOST = 4 * 2**30  # bytes of resized images
+_MOST_CLASSES = 10**6  # of a split file
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Data:
         """Of all images and labels; of images in files, of their names."""
         return f"{self.test.checksum(self.val.checksum(self.train.checksum())):08x}"
 
+    def sample(self) -> str:
+        """A checksum of what some of the images in files hold."""
+        return f"{self.test.sample(self.val.sample(self.train.sample())):08x}"
+
 
 def load_data(config: DataConfig, seed: int) -> Data:
     """The data set that `config` names, split; `seed` chooses only the `per_class` images.
@@ -54,6 +62,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
     or does not fit in memory at the size asked for.
     """
     _check(config)
+    if not isinstance(seed, int):
+        raise L2TError(f"the seed must be a whole number, not {shown(seed)}.")
     train, test, num_classes, held_out = whole_sets(config)
     skip = config.on_bad_image == "skip"
     good = [images.readable() if skip else torch.ones(len(images), dtype=torch.bool) for images in (train, test)]
@@ -124,6 +134,8 @@ def _check(config: DataConfig) -> None:
     if not isinstance(config.dataset, str) or config.dataset not in DATASETS:
         nearest = ", ".join(difflib.get_close_matches(str(config.dataset).lower(), DATASETS, n=3, cutoff=0.0))
         raise L2TError(f"there is no data set named {config.dataset!r}; the nearest names are {nearest}.")
+    if not isinstance(config.data_root, str | PathLike):
+        raise L2TError(f"data_root must be a path, not {shown(config.data_root)}.")
     if config.classes is not None and not (
         isinstance(config.classes, Sequence)
         and all(isinstance(c, int) for c in config.classes)
@@ -186,8 +198,8 @@ def _read_split(prefix: str, train: Tensor, test: Tensor) -> tuple[tuple[int, ..
             raise L2TError(f"there is no split file {path}; give the common beginning of three split files.")
         try:
             classes, indices = torch.load(path, weights_only=True)
-            found.append((tuple(map(int, classes)), torch.tensor(indices, dtype=torch.int64)))
-            if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
+            found.append((_whole(classes), torch.tensor(_whole(indices), dtype=torch.int64)))
+            if not classes or min(classes) < 0 or max(classes) >= _MOST_CLASSES or len(set(classes)) < len(classes):
                 raise ValueError("classes must be different and not negative")
         except Exception as error:  # on bytes of any origin the unpickler may raise anything
             raise L2TError(f"{path} is no torch-saved (classes, indices) of integers; get it again.") from error
@@ -199,11 +211,21 @@ def _read_split(prefix: str, train: Tensor, test: Tensor) -> tuple[tuple[int, ..
                 f"{path} names images that are not among the {len(labels)} of the data set; "
                 "use it with the data set that it was made for."
             )
+        if len(indices.unique()) < len(indices):
+            raise L2TError(f"{path} names an image twice; get it again.")
         if not torch.isin(labels[indices], torch.tensor(classes)).all():
             raise L2TError(
                 f"{path} names images of classes that it does not list; use it with the data set that it was made for."
             )
     return found[0][0], found[0][1], found[1][1], found[2][1]
+
+
+def _whole(numbers: Sequence[Any]) -> tuple[int, ...]:
+    """Raises TypeError where one is no whole number: it would be cut to one."""
+    found = tuple(map(operator.index, numbers))
+    if any(isinstance(number, bool) for number in numbers):
+        raise TypeError("not numbers")
+    return found
 
 
 def _draw(

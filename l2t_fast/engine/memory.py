@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import os
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from l2t_fast.engine.compile import Steps
 from l2t_fast.engine.iteration import Iteration
 from l2t_fast.engine.shards import Shards
 from l2t_fast.engine.surroundings import RealSurroundings
+from l2t_fast.environment import host_memory
 from l2t_fast.errors import NoMemoryError, ran_out
 from l2t_fast.learner.generators import generators_kept
 
@@ -58,15 +58,7 @@ def free_memory(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total = page * os.sysconf("SC_PHYS_PAGES")
-        with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
-            found = dict(line.split()[:2] for line in lines)
-            return 1024 * int(found["MemAvailable:"]), total
-        return page * os.sysconf("SC_AVPHYS_PAGES"), total
-    except (ValueError, OSError, KeyError, AttributeError):
-        return 0, 0
+    return host_memory()
 
 
 @contextlib.contextmanager

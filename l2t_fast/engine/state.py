@@ -156,8 +156,9 @@ def check_fits(state: Any, groups: Mapping[str, Mapping[str, Tensor]], rates: in
                     f"this state does not fit the learner: '{name}' is {shape}, not {list(tensor.shape)}; load it "
                     "where it was made."
                 )
-            if theirs[name].is_floating_point() != tensor.is_floating_point() or theirs[name].is_meta:
-                what = f"{theirs[name].dtype} on {theirs[name].device}"
+            other_kind = theirs[name].is_floating_point() != tensor.is_floating_point()
+            if other_kind or theirs[name].is_meta or theirs[name].layout != torch.strided:
+                what = f"{theirs[name].dtype}, {theirs[name].layout}, on {theirs[name].device}"
                 raise L2TError(f"this state does not fit the learner: '{name}' is {what}; load it where it was made.")
     lrs = state["lr"] if rates > 1 else [state["lr"]]
     if not isinstance(lrs, list) or len(lrs) != rates or not all(isinstance(lr, (int, float)) for lr in lrs):
@@ -169,5 +170,9 @@ def _check_moments(state: Any, phi: Sequence[Tensor]) -> None:
     moments = state.get("state", {}) if isinstance(state, dict) else {}
     for i, moment in moments.items():
         whole = isinstance(moment, dict) and moment.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        if not whole or not i < len(phi) or any(moment[n].shape != phi[i].shape for n in ("exp_avg", "exp_avg_sq")):
+        if not whole or not 0 <= i < len(phi) or not all(isinstance(m, Tensor) for m in moment.values()):
+            raise L2TError("this state is not that of an engine: its 'adam' holds something else.")
+        if any(moment[n].shape != phi[i].shape for n in ("exp_avg", "exp_avg_sq")):
             raise L2TError("this state does not fit the learner: its 'adam' is of other meta-networks.")
+        if bool((moment["step"] < 0).any()) or bool((moment["exp_avg_sq"] < 0).any()):
+            raise L2TError("this state is not that of an engine: its 'adam' counts or squares to less than nothing.")

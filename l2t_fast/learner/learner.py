@@ -391,3 +391,5 @@ def _check_placement(networks: Sequence[nn.Module], target: nn.Module, example: 
                     f"parameter '{name}' of the {role} is {p.dtype} on {p.device}, but example is {example.dtype} on "
                     f"{example.device}: move all networks and the example to one device and dtype first."
                 )
+            if not is_lazy(p) and not p.is_meta and not bool(p.isfinite().all()):
+                raise L2TError(f"parameter '{name}' of the {role} is not finite: load good weights into it.")

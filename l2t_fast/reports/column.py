@@ -1,6 +1,6 @@
 """A column of a table, as its trainings left it: their results and epochs, and what the paper has beside them."""
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ Epochs = Sequence[Mapping[str, Any]]  # the epoch lines of one metrics.jsonl
 Problems = dict[str, dict[str, str]]  # method: {seed: why there is no result}
 NOT_YET = "not trained yet"
 _RESULT = ("test_accuracy_last", "seconds")  # numbers that every result.json has
+_COUNTS = ("best_epoch", "iterations", "images")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def read_problems(folder: Path) -> Problems:
     """
     path = folder / "problems.json"
     found: Problems = load_json(path) if path.exists() else {}
-    if not all(isinstance(seeds, dict) for seeds in found.values()):
+    whys = [why for seeds in found.values() for why in (seeds.values() if isinstance(seeds, dict) else [None])]
+    if not all(isinstance(why, str) for why in whys):
         raise L2TError(f"{path} is damaged: remove it, and give the command again.")
     return found
 
@@ -68,8 +70,15 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     result = load_json(path, _RESULT)
     for key, value in result.items():
-        most = 1.0 if "accuracy" in key else math.inf
-        if (key in _RESULT or "accuracy" in key) and not (isinstance(value, int | float) and 0 <= value <= most):
+        if key == "made":
+            fits = isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+        elif key in _COUNTS:
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        else:
+            most = 1.0 if "accuracy" in key else sys.float_info.max
+            number = key in _RESULT or "accuracy" in key
+            fits = not number or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most)
+        if not fits:
             raise L2TError(
                 f"{path} is damaged ('{key}' cannot be {value!r:.40}): remove it, and give the command again."
             )

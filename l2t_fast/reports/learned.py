@@ -140,7 +140,34 @@ def _read_training(cell: Path) -> _Training:
     epochs = read_epochs(metrics) if metrics.exists() else []
     learned = load_json(content) if content.exists() else None
     named = learned if learned is not None or not pairs.exists() else load_json(pairs)
-    if named is not None and not {"pairs", "source", "target"} <= named.keys():
-        raise L2TError(f"{content if learned else pairs} is not what a training writes: train that part anew.")
     epochs = [row for row in epochs if "pair_weights" in row and "meta_loss" in row]
+    if named is not None and not _is_whole(named, epochs):
+        raise L2TError(f"{content if learned is not None else pairs} is not what a training writes: train it anew.")
     return _Training(epochs, learned, named, (cell / "result.json").exists())
+
+
+def _is_whole(content: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether learned.json, or pairs.json, says of each pair of these epochs what `runs.cell` writes."""
+
+    def are(values: Any, kind: Any, count: int | None = None) -> bool:
+        return (
+            isinstance(values, list)
+            and all(isinstance(value, kind) and value == value for value in values)
+            and len(values) == (count or len(values))
+        )
+
+    if not are(content.get("pairs"), str):
+        return False
+    count = len(content["pairs"])
+    channels = content.get("channels", [{}] * count)
+    return (
+        all(are(content.get(key), str, count) for key in ("source", "target"))
+        and are(content.get("pair_weights", [0.0] * count), int | float, count)
+        and are(channels, dict, count)
+        and all(
+            isinstance(pair.get("effective", 0), int | float) and are(pair.get("profile", []), int | float)
+            for pair in channels
+        )
+        and ("channels" not in content or all(pair.get("profile") and "effective" in pair for pair in channels))
+        and all(len(row["pair_weights"]) == count for row in epochs)
+    )

@@ -199,6 +199,9 @@ def _timings(columns: Sequence[Column], methods: Sequence[str]) -> Grid:
     return Grid([*start, "method", "ms an iteration", "images a second", "seconds"], lines)
 
 
+_HOW, _TIMES = ("case", "mode", "precision"), ("ms_median", "floor_ms", "floor_fraction")  # of a row of an iteration
+
+
 def _floors(path: Path) -> dict[str, Any]:
     """The engine's iterations of a results file, beside the time below which the device cannot get."""
     rows = read_rows(path)
@@ -206,6 +209,10 @@ def _floors(path: Path) -> dict[str, Any]:
     lines = []
     for row in rows:
         if row.get("kind") == "iteration" and row.get("by") == "engine" and row.get("correct") and "floor_ms" in row:
+            if not (isinstance(row.get("batch"), int) and all(isinstance(row.get(name), str) for name in _HOW)) or any(
+                not isinstance(row.get(name), int | float) for name in _TIMES
+            ):
+                raise L2TError(f"{path} is damaged (an iteration lacks its case or its times): give another --results.")
             how = [row["case"], str(row["batch"]), row["mode"], row["precision"]]
             lines.append([*how, f"{row['ms_median']:.2f}", f"{row['floor_ms']:.2f}", f"{row['floor_fraction']:.0%}"])
     if not lines:

@@ -86,7 +86,9 @@ def build_sources(config: TrainConfig, folders: Sequence[Path] = ()) -> list[nn.
 def source_data(config: TrainConfig) -> Data:
     """The classes that the sources are trained on, all their images."""
     part = dataclasses.replace(config.data, classes=config.source.source_classes, per_class=None, split=None)
-    return load_data(part, 0)
+    data = load_data(part, 0)
+    _check_classes(data, config)
+    return data
 
 
 def make_learner(
@@ -175,7 +177,8 @@ def make_engine(config: TrainConfig, learner: L2T, say: Say, group: Group = None
 
 
 def check_data(engine: Engine, config: TrainConfig, data: Data) -> None:
-    """Raises L2TError where the images do not make batches."""
+    """Raises L2TError where the images do not make batches, or are of one class."""
+    _check_classes(data, config)
     batch_size, count = config.optim.batch_size or 0, current().count
     parts = count * engine.accumulate
     if min(batch_size, len(data.train)) < (smallest := count * engine.smallest_batch):
@@ -185,6 +188,11 @@ def check_data(engine: Engine, config: TrainConfig, data: Data) -> None:
         )
     if engine.needs_val and data.val.num_batches(batch_size, parts) == 0:
         raise L2TError("--scheme simulation measures L_meta on validation images, but there are none: hold some out.")
+
+
+def _check_classes(data: Data, config: TrainConfig) -> None:
+    if data.num_classes < 2:  # whatever a network says is right
+        raise L2TError(f"one class of {config.data.dataset} leaves nothing to tell apart: take two or more.")
 
 
 def describe(config: TrainConfig, name: str, data: Data, learner: L2T, start: str) -> str:

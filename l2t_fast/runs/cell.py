@@ -19,6 +19,7 @@ from l2t_fast.data.splits import Data
 from l2t_fast.files import load_checkpoint, save_text, save_weights
 from l2t_fast.learner.learner import L2T
 from l2t_fast.ranks import current
+from l2t_fast.reports.column import read_result
 from l2t_fast.reports.pictures import weights as plots
 from l2t_fast.runs.build import build_sources, make_engine, make_learner, method_config, plain_learner, source_data
 from l2t_fast.runs.made import cell_settings, inputs, layers, shared_settings
@@ -29,6 +30,7 @@ from l2t_fast.training.export import FILES, export
 from l2t_fast.training.fit import Schedule, fit
 from l2t_fast.training.learned import pair_names, peakedness
 from l2t_fast.training.log import read_epochs
+from l2t_fast.training.state import check_made, load_best
 from l2t_fast.training.trackers import ToCsv
 
 _TRACKERS = {"tensorboard": ToTensorBoard, "csv": ToCsv}  # of --log
@@ -69,9 +71,10 @@ def train_cell(
     config = method_config(config, name)
     target, learner, _ = make_learner(config, name, seed, sources, data, device, watch.preparing)
     first = current().first
+    what = made_with(config, name)
+    made = {**what, "seed": str(seed)}
     if not first(lambda: (folder / "result.json").exists()):
         title, epochs = f"{name}, seed {seed}", config.optim.epochs or 0
-        what = made_with(config, name)
         learns = bool(len(learner.what) or len(learner.where))
         if learns:
             first(lambda: save_text(folder / "pairs.json", json.dumps(_named_pairs(learner)) + "\n"))
@@ -81,14 +84,13 @@ def train_cell(
         def write() -> None:
             if learns:
                 _write_learned(folder, learner, data, f"{name}, {config.data.dataset}, seed {seed}")
-            made = {**what, "seed": str(seed)}
             save_text(folder / "result.json", json.dumps({**result, "made": made}, indent=2) + "\n")
 
         first(write)
 
     def write_exports() -> None:
         for form in not_exported(folder, config):
-            target.load_state_dict(cell_weights(folder))
+            target.load_state_dict(cell_weights(folder, target, made))
             export(target, folder / FILES[form], torch.zeros(2, *data.image_shape))
 
     first(write_exports)
@@ -104,13 +106,19 @@ def made_with(config: TrainConfig, name: str) -> dict[str, str]:
     return {"--method": name, **cell_settings(method_config(config, name))}
 
 
-def cell_weights(folder: Path) -> dict[str, Tensor]:
-    """The target's weights that were best by validation, or the last ones without validation images."""
+def cell_weights(folder: Path, network: nn.Module, made: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights of its target `network` that were best by validation, or the last ones without validation images.
+
+    Raises:
+        L2TError: those in the folder are damaged, or of another training than `made` says.
+    """
     best = folder / "best.pt"
     if best.exists():
-        weights: dict[str, Tensor] = load_checkpoint(best)["weights"]
-        return weights
-    state: dict[str, dict[str, Tensor]] = load_checkpoint(folder / "last.pt")["engine"]
+        return load_best(best, network, made, read_result(folder / "result.json").get("best_epoch"))
+    path = folder / "last.pt"
+    content = load_checkpoint(path)
+    check_made(f"checkpoint {path}", content.get("made", {}), made)
+    state: dict[str, dict[str, Tensor]] = content["engine"]
     theta = {name.removeprefix("target."): p for name, p in state["theta"].items() if name.startswith("target.")}
     return theta | state["buffers"]
 
@@ -162,7 +170,9 @@ def _write_learned(cell: Path, learner: L2T, data: Data, title: str) -> None:
     w, lam = ([torch.cat(parts).cpu() for parts in zip(*kind, strict=True)] for kind in zip(*batches, strict=True))
     if len(learner.where):
         epochs = read_epochs(cell / "metrics.jsonl")
-        plots.plot_pair_weights(cell / "pair_weights.png", [row["pair_weights"] for row in epochs], names, title)
+        plots.plot_pair_weights(
+            cell / "pair_weights.png", [row["pair_weights"] for row in epochs if "pair_weights" in row], names, title
+        )
         learned["pair_weights"] = [x.mean().item() for x in lam]
     if len(learner.what):
         plots.plot_channel_weights(cell / "channel_weights.png", [x.numpy() for x in w], names, title)

@@ -28,10 +28,12 @@ def alone(folder: Path, stopped: Callable[[], bool] | None = None) -> Iterator[N
 
     Raises:
         Interrupted: `stopped()` said so while waiting.
-        L2TError: another process holds the folder.
+        L2TError: another process holds the folder, or its lock is no file: what a link leads to would be overwritten.
         MachineError: the lock file cannot be written.
     """
     path, until = folder / LOCK, monotonic() + _ENDING
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise L2TError(f"{path} is not the lock of a run, but a link or another thing: remove it.")
     with contextlib.ExitStack() as stack:
         with writing(path):
             file = stack.enter_context(path.open("a+", encoding="utf-8"))
@@ -94,7 +96,7 @@ def _read(file: IO[str]) -> dict[str, Any]:
     file.seek(0)
     try:
         holder = json.loads(file.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
@@ -107,6 +109,6 @@ def _has_ended(holder: dict[str, Any]) -> bool:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return False

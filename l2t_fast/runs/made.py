@@ -57,9 +57,9 @@ def layers(learner: L2T) -> dict[str, str]:
 
 
 def inputs(sources: Iterable[nn.Module], data: Data) -> dict[str, str]:
-    """Checksums of the images and of the sources' weights."""
+    """Checksums of the images, of what some of their files hold, and of the sources' weights."""
     weights = 0
     for source in sources:
         for tensor in source.state_dict().values():
             weights = zlib.crc32(tensor.detach().cpu().contiguous().numpy().data, weights)
-    return {"images": data.checksum(), "source weights": f"{weights:08x}"}
+    return {"images": data.checksum(), "images in the files": data.sample(), "source weights": f"{weights:08x}"}

@@ -26,13 +26,14 @@ from l2t_fast.settings.options import TrainConfig
 from l2t_fast.training.export import check_export
 
 SKIPPED = "skipped-images.txt"
+_IN_A_LINE = str.maketrans({"\n": r"\n", "\r": r"\r"})
 
 
 def list_skipped(folder: Path, config: TrainConfig) -> None:
     """Writes which images of the data set are left out, a path a line, where the run leaves out any."""
     if config.data.on_bad_image == "skip":
         skipped = load_data(config.data, (config.seeds or (0,))[0]).skipped
-        save_text(folder / SKIPPED, "".join(f"{path}\n" for path in skipped))
+        save_text(folder / SKIPPED, "".join(f"{path.translate(_IN_A_LINE)}\n" for path in skipped))
 
 
 def preflight(config: TrainConfig, device: torch.device, console: Console) -> dict[str, UnfitError]:

@@ -10,10 +10,11 @@ from l2t_fast.data.splits import load_data
 from l2t_fast.files import save_weights
 from l2t_fast.networks.architectures import build_model
 from l2t_fast.ranks import joined
-from l2t_fast.runs.cell import cell_weights
+from l2t_fast.runs.cell import cell_weights, made_with
 from l2t_fast.runs.lock import alone
 from l2t_fast.runs.run import opened, train
 from l2t_fast.settings.defaults import check_flag, file_name, resolve
+from l2t_fast.settings.given import check_source
 from l2t_fast.settings.options import PRETRAIN_NAMES, PretrainConfig, SourceConfig, TargetConfig, TrainConfig
 
 
@@ -51,6 +52,7 @@ def pretrain(config: PretrainConfig, console: Console, given: Collection[str] = 
 
     with joined(config.device) as ranks:
         folder, made, resume = opened(asked, complete, PRETRAIN_NAMES, given)
+        check_source(made, folder / "config.json")
         train(folder, made, console if ranks.leads else Console(quiet=True), resume)
         return ranks.first(lambda: _checkpoint(folder, made, console))
 
@@ -62,7 +64,8 @@ def _checkpoint(folder: Path, made: TrainConfig, console: Console) -> Path:
     assert target.target_width is not None
     classes = load_data(made.data, seed).num_classes
     network = build_model(target.target, classes, target.target_width)
-    network.load_state_dict(cell_weights(folder / "scratch" / f"seed-{seed}"))
+    made_of = {**made_with(made, "scratch"), "seed": str(seed)}
+    network.load_state_dict(cell_weights(folder / "scratch" / f"seed-{seed}", network, made_of))
     path = folder / "source.pt"
     with alone(folder):
         save_weights(path, network, classes)

@@ -103,8 +103,9 @@ def check(config: TrainConfig) -> None:
         check_flag("seeds", seed, "seed")
     for width in config.source.source_width or ():
         check_flag("source-width", width, "width")
-    if config.target.target_width is not None:
-        check_flag("target-width", config.target.target_width, "width")
+    if config.target.target is None:
+        raise L2TError("--target None is no network: give its name.")
+    check_flag("target-width", config.target.target_width, "width")
     check_flag("workers", config.data.workers)
     for flag, value in (("image-size", config.data.image_size), ("per-class", config.data.per_class)):
         if value is not None:

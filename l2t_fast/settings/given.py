@@ -114,10 +114,15 @@ def with_file(config: Any, path: Path | None, given: Collection[str]) -> Any:
     return merged
 
 
-def _of_source(saved: TrainConfig, path: Path) -> PretrainConfig:
-    """What `pretrain` was told, from its config.json."""
+def check_source(saved: TrainConfig, path: Path) -> None:
+    """Raises L2TError where the settings at `path` are not those of a run that `pretrain` made."""
     if saved.source != SourceConfig() or saved.method != ("scratch",) or len(saved.seeds or ()) != 1:
         raise L2TError(f"{path} is not the configuration of a source: give a run that `l2t-fast pretrain` made.")
+
+
+def _of_source(saved: TrainConfig, path: Path) -> PretrainConfig:
+    """What `pretrain` was told, from its config.json."""
+    check_source(saved, path)
     names = {f.name for f in dataclasses.fields(PretrainConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
     same = {name: getattr(saved, name) for name in names}
     target, (seed,) = saved.target, saved.seeds or (0,)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2t_fast.errors import L2TError
-from l2t_fast.files import save_text
+from l2t_fast.files import TwiceError, parse_json, save_text
 from l2t_fast.settings.defaults import check, check_flag, check_name
 from l2t_fast.settings.options import TableConfig, TrainConfig
 
@@ -103,10 +103,12 @@ def load_table(path: Path) -> TableConfig:
 
 def _load(cls: Any, path: Path, advice: str) -> Any:
     try:
-        return _build(cls, json.loads(path.read_text()), path)
+        return _build(cls, parse_json(path.read_bytes()), path)
     except L2TError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except TwiceError as error:
+        raise L2TError(f"{path}: {error}: remove one of them.") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         what = " (there is no such file)" if isinstance(error, FileNotFoundError) else ""
         raise L2TError(f"{path} is not the configuration of a run: {advice}{what}.") from error
 

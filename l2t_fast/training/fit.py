@@ -16,12 +16,12 @@ from l2t_fast.data.images import ImageSet, Part
 from l2t_fast.data.splits import Data
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import DamagedFileError, Interrupted, L2TError, ReadError
-from l2t_fast.files import check_room, keep_as, load_checkpoint, make_folder, save_checkpoint
+from l2t_fast.files import check_room, keep_as, make_folder, save_checkpoint
 from l2t_fast.learner.undisturbed import modes_kept
 from l2t_fast.ranks import ALONE, Ranks, current
 from l2t_fast.training.learned import pair_names
 from l2t_fast.training.log import Log
-from l2t_fast.training.state import State, begin_random, check_finite, checkpoint_content, restore, size_of
+from l2t_fast.training.state import State, begin_random, check_finite, checkpoint_content, load_best, restore, size_of
 from l2t_fast.training.trackers import Together
 from l2t_fast.training.watch import Training, Watch
 
@@ -108,8 +108,10 @@ def fit(
         content = checkpoint_content(engine, state, made, ranks)
 
         def write() -> None:
+            for log in logs:
+                log.sync()
             if best:
-                save_checkpoint(folder / "best.pt", {"weights": best, "epoch": state.best_epoch})
+                save_checkpoint(folder / "best.pt", {"weights": best, "epoch": state.best_epoch, "made": dict(made)})
             keep_as(last, before)
             save_checkpoint(last, content)
 
@@ -145,7 +147,7 @@ def fit(
             if ranks.first(lambda: perf_counter() - saved) >= _SAVE_EVERY or state.epoch == schedule.epochs:
                 save()
             watch.epoch(row)
-        result = _test(folder, network, data, state, watch, ranks)
+        result = _test(folder, network, data, state, watch, made, ranks)
     except (Interrupted, ReadError) as stopped:
         for log in logs:
             log.flush()
@@ -205,18 +207,15 @@ def evaluate(
     return total / len(images)
 
 
-def _test(folder: Path, network: nn.Module, data: Data, state: State, watch: Watch, ranks: Ranks) -> dict[str, Any]:
+def _test(
+    folder: Path, network: nn.Module, data: Data, state: State, watch: Watch, made: Mapping[str, str], ranks: Ranks
+) -> dict[str, Any]:
     """Test accuracy of the last weights, and of the best by validation; the network keeps the last ones."""
     watch.evaluating("test")
     result = {"test_accuracy_last": evaluate(network, data.test, watch.stop_asked, ranks)}
     if state.best_epoch >= 0:
-        last, best = _weights(network), ranks.first(lambda: load_checkpoint(folder / "best.pt"))["weights"]
-        for name, tensor in best.items():
-            if not bool(tensor.isfinite().all()):
-                raise DamagedFileError(
-                    f"checkpoint {folder / 'best.pt'} is damaged ('{name}' is not finite): remove {folder}, to train "
-                    "that part anew."
-                )
+        last = _weights(network)
+        best = ranks.first(lambda: load_best(folder / "best.pt", network, made, state.best_epoch))
         network.load_state_dict(best)
         try:
             result["test_accuracy_best"] = evaluate(network, data.test, watch.stop_asked, ranks)

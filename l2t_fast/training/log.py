@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,29 +15,61 @@ from l2t_fast.files import save_text, writing
 if TYPE_CHECKING:
     from torch import Tensor
 
+Place = tuple[float, float]  # an epoch, and an iteration in it
 _NAMED = 3  # pairs that an error names
 _READ_EVERY = 50  # iterations whose metrics are read back at a time
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, before: Place = (math.inf, 0)) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a killed run left unfinished is left out.
 
+    before: an (epoch, iteration), without which and what follows it they are wanted.
+
     Raises:
-        L2TError: the file is missing, or another line is damaged.
+        L2TError: the file is missing, or another line is damaged, missing, there twice or not in its place.
     """
     if not path.is_file():
         raise L2TError(f"{path} is missing: train that part anew.")
     rows: list[dict[str, Any]] = []
+    epoch = iteration = 0  # of the next line
+    batches: int | None = None  # of every epoch
+    first: dict[bool, dict[str, Any]] = {}  # of both kinds of lines the first one
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
         place = [row.get("epoch"), row.get("iteration", 0)] if isinstance(row, dict) else [None]
-        if not all(isinstance(number, int) for number in place):
+        whole = isinstance(row, dict) and all(isinstance(n, int) and not isinstance(n, bool) for n in place)
+        if whole and (row["epoch"], row.get("iteration", math.inf)) >= before:
+            continue
+        of_epoch = whole and "iteration" not in row
+        if not whole or not _is_like(row, first.setdefault(of_epoch, row)):
             raise L2TError(f"{path}, line {number}, is damaged: put it back, or train that part anew.")
+        if of_epoch and batches is None:
+            batches = iteration
+        if row["epoch"] != epoch or row.get("iteration", iteration) != iteration or (of_epoch and iteration != batches):
+            raise L2TError(
+                f"{path}, line {number}, is not what follows the line before it: put back what was there, or train "
+                "that part anew."
+            )
+        epoch, iteration = (epoch + 1, 0) if of_epoch else (epoch, iteration + 1)
         rows.append(row)
     return rows
+
+
+def _is_like(row: dict[str, Any], first: dict[str, Any]) -> bool:
+    """Whether a line says what the first of its kind does, in numbers and lists of them; it may say more."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def length(value: Any) -> int | None:
+        return len(value) if isinstance(value, list) else None
+
+    return all(
+        is_number(value) for each in row.values() for value in (each if isinstance(each, list) else [each])
+    ) and all(name in row and length(row[name]) == length(value) for name, value in first.items())
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
@@ -90,8 +123,14 @@ class Log:
         self._path, self._checkpoint, self._pairs, self._told = path, checkpoint, pairs, told
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self._reading: _Readback | None = None
-        rows = read_metrics(path) if path.exists() else []
-        kept = [row for row in rows if (row["epoch"], row.get("iteration", math.inf)) < start]
+        kept = read_metrics(path, start) if path.exists() else []
+        last = kept[-1] if kept else {"epoch": -1}
+        reached = (last["epoch"], last["iteration"] + 1) if "iteration" in last else (last["epoch"] + 1, 0)
+        if reached != start:
+            raise L2TError(
+                f"{path} ends before epoch {start[0]}, iteration {start[1]}, where {checkpoint} goes on: put back what "
+                "was there, or train that part anew."
+            )
         save_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._epoch_rows = [row for row in kept if row["epoch"] == start[0]]
 
@@ -130,6 +169,11 @@ class Log:
     def _append(self, rows: Sequence[dict[str, Any]]) -> None:
         with writing(self._path), self._path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def sync(self) -> None:
+        """What is written survives the machine: a checkpoint is never ahead of its log."""
+        with writing(self._path), self._path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def summary(self, epoch: int) -> dict[str, Any]:
         """Means over the iterations of the epoch."""

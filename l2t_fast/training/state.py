@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from l2t_fast.engine.engine import Engine
 from l2t_fast.errors import DamagedFileError, L2TError
@@ -16,7 +17,11 @@ from l2t_fast.ranks import ALONE, Ranks
 from l2t_fast.training.log import ADVICE, what_is_kept
 from l2t_fast.training.watch import Watch
 
-HASHES = ("images", "source weights")  # of what a training is made of: what is compared by its checksum alone
+HASHES = (
+    "images",
+    "images in the files",
+    "source weights",
+)  # of what a training is made of: what is compared by its checksum alone
 # What is said only since there is a choice: how all were made before.
 UNSAID = {"--optimizer": "sgd", "--max-grad-norm": "None", "--label-smoothing": "0.0"}
 
@@ -120,6 +125,42 @@ def restore(path: Path, engine: Engine, made: Mapping[str, str], watch: Watch, r
         raise L2TError(f"checkpoint {path} is of something else: give one that `l2t-fast train` wrote.") from error
 
 
+def load_best(path: Path, network: nn.Module, made: Mapping[str, str], epoch: int | None) -> dict[str, Tensor]:
+    """The weights of `network` in a best.pt.
+
+    Args:
+        made: as for `restore`.
+        epoch: the one they are to be of, where that is known.
+
+    Raises:
+        DamagedFileError: the file is damaged, or holds what is not finite.
+        L2TError: it is of another training, or of another epoch.
+    """
+    content = load_checkpoint(path)
+    weights, theirs = content.get("weights"), content.get("made", {})
+    if not isinstance(theirs, dict) or not isinstance(weights, dict) or not _is_of(weights, network):
+        raise L2TError(f"checkpoint {path} is of something else: remove {path.parent}, to train that part anew.")
+    if theirs:  # older files say nothing, not even which optimizer
+        check_made(f"checkpoint {path}", theirs, made)
+    _check_loaded(path, weights)
+    if epoch is not None and content.get("epoch") != epoch:
+        raise L2TError(
+            f"checkpoint {path} is of epoch {content.get('epoch')}, and epoch {epoch} was best: remove {path.parent}, "
+            "to train that part anew."
+        )
+    return dict(weights)
+
+
+def _is_of(weights: Mapping[Any, Any], network: nn.Module) -> bool:
+    """Whether these are weights of `network`, by their names, sizes and types."""
+    ours = network.state_dict()
+    return (
+        weights.keys() == ours.keys()
+        and all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in weights.values())
+        and all((t.shape, t.dtype) == (ours[name].shape, ours[name].dtype) for name, t in weights.items())
+    )
+
+
 def check_made(what: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
     """Raises L2TError where `what` was made of something else than this training is; as far as both say it."""
     for name, value in {**UNSAID, **theirs}.items():
@@ -136,7 +177,9 @@ def _is_whole(content: dict[str, Any]) -> bool:
         and state.keys() <= usual.keys()
         and all(isinstance(value, int) or isinstance(usual[name], float) for name, value in state.items())
         and all(isinstance(value, int | float) and math.isfinite(value) for value in state.values())
-        and min(state.get("epoch", 0), state.get("iteration", 0)) >= 0
+        and min(state.get("epoch", 0), state.get("iteration", 0), state.get("seconds", 0)) >= 0
+        and -1 <= state.get("best_epoch", -1) <= state.get("epoch", 0)
+        and state.get("best_accuracy", -1) <= 1
         and isinstance(content.get("random"), dict)
         and isinstance(content.get("random_of_ranks", []), list)
         and isinstance(content.get("engine"), dict)
@@ -150,9 +193,10 @@ def _check_loaded(path: Path, tensors: Mapping[Any, Any]) -> None:
     for name, value in tensors.items():
         if isinstance(value, dict):
             _check_loaded(path, value)
-        elif isinstance(value, torch.Tensor) and not bool(value.isfinite().all()):
+        elif isinstance(value, Tensor) and (value.layout != torch.strided or not bool(value.isfinite().all())):
+            what = "is not finite" if value.layout == torch.strided else f"is {value.layout}"
             raise DamagedFileError(
-                f"checkpoint {path} is damaged ('{name}' is not finite): remove {path.parent}, to train that part anew."
+                f"checkpoint {path} is damaged ('{name}' {what}): remove {path.parent}, to train that part anew."
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,24 @@ def test_arrays_of_another_kind_are_refused(key: str, array: Any, words: str, tm
     message = refusal(path)
     assert message.startswith(f"{key} of {path}")
     assert words in message
+
+
+def test_an_array_that_is_there_twice(tmp_path: Path) -> None:
+    """Readers differ in which of them they take."""
+    path = tmp_path / "mini.npz"
+    write_npz(path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("val_labels.npy", archive.read("val_labels.npy"))
+    assert refusal(path) == f"{path} has val_labels twice; keep one of them."
+
+
+def test_arrays_larger_than_memory_are_refused_before_they_are_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mini.npz"
+    arrays = write_npz(path)
+    np.savez_compressed(path, **{**arrays, "train_images": np.zeros((18, 1000, 1000), np.uint8)})
+    assert path.stat().st_size < 10**5
+    monkeypatch.setattr("l2t_fast.data.readers.npz.host_memory", lambda: (17 * 2**20, 2**30))
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda file, key: pytest.fail("it was unpacked"))
+    assert "take 0.0 GiB, and 0.0 GiB of memory are free; take fewer or smaller images" in refusal(path)

@@ -73,6 +73,64 @@ def test_twelve_bits_are_refused(tmp_path: Path) -> None:
         open_image(str(tmp_path / "x.tif"))
 
 
+def write_tiff(path: Path, values: bytes, **tags: int) -> None:
+    """A gray TIFF of 2 x 2, with these tags beside those that it needs."""
+    bits = 8 * len(values) // 4
+    fields = {256: 2, 257: 2, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: 2, 279: len(values)}
+    fields |= {int(tag.removeprefix("tag")): value for tag, value in tags.items()}
+    fields[273] = 14 + 12 * len(fields)  # where the values are
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in sorted(fields.items()))
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4) + values)
+
+
+@pytest.mark.parametrize(
+    ("values", "tags", "words"),
+    [
+        (struct.pack("<4H", 0, 1, 2, 65535), {"tag262": 0}, r"mode I;16 \(TIFF\) and 0 for white"),
+        (struct.pack("4b", -128, -1, 0, 127), {"tag339": 2}, r"mode L \(TIFF\) and signed values"),
+        (struct.pack("<4h", -9, -1, 0, 9), {"tag339": 2}, r"mode I \(TIFF\), which is no image of 8 or 16 bits"),
+    ],
+)
+def test_values_that_mean_something_else_are_refused(
+    tmp_path: Path, values: bytes, tags: dict[str, int], words: str
+) -> None:
+    """Pillow reads both as if the tag were not there."""
+    write_tiff(tmp_path / "x.tif", values)
+    open_image(str(tmp_path / "x.tif"))
+    write_tiff(tmp_path / "x.tif", values, **tags)
+    with pytest.raises(L2TError, match=f"x.tif has {words}"):
+        open_image(str(tmp_path / "x.tif"))
+
+
+def test_zero_for_white_in_eight_bits(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "x.tif", bytes([0, 255, 0, 255]), tag262=0)
+    assert np.asarray(open_image(str(tmp_path / "x.tif")))[0, :, 0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 1001), (60_000, 59)])
+def test_an_image_that_grows_when_it_is_resized_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    """A file of 60 kB, 256 pixels wide, takes 12 GB."""
+    Image.new("L", size).save(tmp_path / "x.png")
+    with pytest.raises(L2TError, match=rf"x.png is {size[0]} x {size[1]}, one side more than 1000 times the other"):
+        open_image(str(tmp_path / "x.png"))
+    Image.new("L", (1, 1000)).save(tmp_path / "x.png")
+    assert open_image(str(tmp_path / "x.png")).size == (1, 1000)
+
+
+def test_a_program_that_draws_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to Ghostscript, whatever the name of the file."""
+    trap = tmp_path / "bin/gs"
+    trap.parent.mkdir()
+    trap.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
+    trap.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{trap.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
+    with pytest.raises(L2TError, match=r"x.jpg is a program that draws an image \(EPS\), which is not run"):
+        open_image(str(tmp_path / "x.jpg"))
+    assert not (tmp_path / "executed").exists()
+
+
 def test_a_decompression_bomb_is_named(tmp_path: Path) -> None:
     """A PNG of 14,000 x 14,000 says so in its header; nothing of it is unpacked."""
     header = struct.pack(">IIBBBBB", 14_000, 14_000, 8, 0, 0, 0, 0)
@@ -123,6 +181,17 @@ def test_a_folder_may_itself_be_a_link(tmp_path: Path) -> None:
     write_folder(tmp_path / "there")
     (tmp_path / "here").symlink_to("there")
     assert len(load_data(DataConfig(dataset="folder", data_root=tmp_path / "here"), 0).test) == 8
+
+
+@pytest.mark.parametrize("place", [".ipynb_checkpoints", "a/.ipynb_checkpoints"])
+def test_hidden_folders_are_refused(tmp_path: Path, place: str) -> None:
+    """Copies in them would be a class of their own, or images twice."""
+    write_folder(tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / part / place).mkdir()
+        (tmp_path / part / place / "0.png").write_bytes((tmp_path / part / "a/0.png").read_bytes())
+    with pytest.raises(L2TError, match=rf"train/{place} is hidden, and would be read as any other folder; remove it"):
+        load_data(DataConfig(dataset="folder", data_root=tmp_path), 0)
 
 
 def test_a_pipe_in_a_folder_of_images_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +140,15 @@ def test_bad_split_files(tmp_path: Path) -> None:
         (save_split(tmp_path / "c", good, good, ([0, 1], [0])), "c-test names other classes"),
         (save_split(tmp_path / "d", ([3], list(range(50))), good, good), "d-train names images of classes"),
         (save_split(tmp_path / "e", ([0, 0], [0]), good, good), "e-train is no torch-saved"),
+        (
+            save_split(tmp_path / "f", (everything, [0.5, 1.9]), good, good),
+            "f-train is no torch-saved",
+        ),  # no cut numbers
+        (save_split(tmp_path / "g", ([0.9, 1.2], [0]), good, good), "g-train is no torch-saved"),
+        (save_split(tmp_path / "h", good, (everything, [[0, 1], [2, 3]]), good), "h-val is no torch-saved"),
+        (save_split(tmp_path / "i", good, (everything, [True, False]), good), "i-val is no torch-saved"),
+        (save_split(tmp_path / "j", ([0, 10**18], [0]), good, good), "j-train is no torch-saved"),
+        (save_split(tmp_path / "k", (everything, [0, 1, 0]), good, good), "k-train names an image twice"),
         (str(tmp_path / "absent"), "no split file .*absent-train"),
     ]
     for split, words in bad:
@@ -155,6 +165,7 @@ def test_bad_split_files(tmp_path: Path) -> None:
         (DataConfig(dataset="cifar11"), "nearest names are cifar10"),
         (DataConfig(classes=(3, 10)), "classes 0 to 9"),
         (DataConfig(classes=(-1, 3)), "classes 0 to 9"),
+        (DataConfig(data_root=3), "data_root must be a path, not 3"),  # type: ignore[arg-type]
         (DataConfig(classes=(3, 3)), "must be different"),
         (DataConfig(classes=()), "at least one"),
         (DataConfig(classes=(3,), split="x"), "either classes or a split"),
@@ -167,3 +178,9 @@ def test_bad_split_files(tmp_path: Path) -> None:
 def test_load_data_refuses(config: DataConfig, words: str) -> None:
     with pytest.raises(L2TError, match=words):
         load_data(config, seed=0)
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "a"])
+def test_seeds_that_are_none(seed: Any) -> None:
+    with pytest.raises(L2TError, match="the seed must be a whole number, not"):
+        load_data(DataConfig(per_class=3), seed)

@@ -129,6 +129,15 @@ def test_networks_that_do_not_fit(options: dict[str, Any], message: str) -> None
         L2T(**{**good, **options})
 
 
+@pytest.mark.parametrize("role", ["source", "target"])
+def test_weights_that_are_not_finite(role: str) -> None:
+    """Not called something else later, nor learned from."""
+    networks = {"source": source_net((2, 2)), "target": small_net()}
+    next(networks[role].parameters()).data[0] = float("nan")
+    with pytest.raises(L2TError, match=rf"parameter '0.+weight' of the {role}( 0)? is not finite: load good weights"):
+        L2T(networks["source"], networks["target"], source_layers=["0"], target_layers=["0"], example=X)
+
+
 def test_nothing_to_train() -> None:
     learner = small_learner(small_net().requires_grad_(False))
     with pytest.raises(L2TError, match=r"the target has no parameter to train: set requires_grad"):

@@ -87,6 +87,10 @@ def test_floors_are_those_of_the_results_file_given(tmp_path: Path) -> None:
     ]
     with pytest.raises(L2TError, match=r"has no iteration of the engine with a floor"):
         page_data(tmp_path / "run", write_rows(tmp_path / "none.jsonl", RESULT_ROWS[:2]))
+    for change in ({"ms_median": "q"}, {"case": None}, {"floor_fraction": [1]}, {"batch": "four"}):
+        rows = [{**row, **change} if row.get("by") == "engine" else row for row in RESULT_ROWS]
+        with pytest.raises(L2TError, match=r"is damaged \(an iteration lacks its case or its times\): give another"):
+            page_data(tmp_path / "run", write_rows(tmp_path / "edited.jsonl", rows))
     (tmp_path / "damaged.jsonl").write_text("{\n")
     with pytest.raises(L2TError, match=r"damaged.jsonl cannot be read"):
         page_data(tmp_path / "run", tmp_path / "damaged.jsonl")

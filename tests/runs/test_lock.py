@@ -13,6 +13,7 @@ import pytest
 
 from l2t_fast.cli import main
 from l2t_fast.errors import Interrupted, L2TError
+from l2t_fast.files import save_text
 from l2t_fast.runs.lock import LOCK, alone, begun, check_free
 from l2t_fast.settings.defaults import resolve
 from l2t_fast.settings.options import TrainConfig
@@ -155,3 +156,35 @@ def test_a_name_stays_in_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "is not the name of a folder" in refused(capsys, "--runs", str(runs), "--resume", command="train")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert [path.name for path in runs.iterdir()] == ["old"]
+
+
+def test_what_a_link_leads_to_is_not_overwritten(tmp_path: Path) -> None:
+    """Neither by the lock nor by what a killed process left half written."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to("../precious")
+    with pytest.raises(L2TError, match=r"run/.lock is not the lock of a run, but a link"), alone(tmp_path / "run"):
+        pass
+    (tmp_path / "run/x.part").symlink_to("../precious")
+    save_text(tmp_path / "run/x", "ours")
+    assert (tmp_path / "run/x").read_text() == "ours"
+    assert not (tmp_path / "run/x").is_symlink()
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("thing", ["folder", "pipe"])
+def test_a_lock_that_is_no_file(tmp_path: Path, thing: str) -> None:
+    (os.mkfifo if thing == "pipe" else os.mkdir)(tmp_path / ".lock")
+    with pytest.raises(L2TError, match=r".lock is not the lock of a run"), alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("pid", [10**40, -1, True, "1"])
+def test_locks_with_other_words_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: object) -> None:
+    monkeypatch.setattr("l2t_fast.runs.lock._ENDING", 0.1)
+    for words in (json.dumps({"pid": pid, "host": socket.gethostname()}), "[" * 100_000, "\xff", "[]"):
+        (tmp_path / ".lock").write_bytes(words.encode("latin-1"))
+        with (tmp_path / ".lock").open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(L2TError, match=r"works in .*: wait for it"), alone(tmp_path):
+                pass

@@ -14,6 +14,7 @@ from l2t_fast.cli import main
 from l2t_fast.data.readers.layout import open_image
 from l2t_fast.errors import L2TError
 from l2t_fast.files import load_checkpoint
+from l2t_fast.reports.column import read_problems
 from l2t_fast.training.log import read_metrics
 from tests.data.samples import write_folder
 from tests.runs.commands import SMALL, refused
@@ -124,6 +125,13 @@ def test_damaged_files_of_a_run_are_named(runs: Path, capsys: pytest.CaptureFixt
         (cell / "result.json", result | {"test_accuracy_best": "a"}, "result.json is damaged ('test_accuracy_best' c"),
         (cell / "result.json", result | {"seconds": math.nan}, "result.json is damaged ('seconds' cannot be nan)"),
         (cell / "result.json", result | {"made": {"--beta": "2"}}, "result.json was made with --beta 2, not 0.5"),
+        (cell / "result.json", result | {"seconds": math.inf}, "result.json is damaged ('seconds' cannot be inf)"),
+        (cell / "result.json", result | {"made": 3}, "result.json is damaged ('made' cannot be 3)"),
+        (cell / "result.json", result | {"made": {"--lr": 5}}, "result.json is damaged ('made' cannot be {'--lr': 5})"),
+        (cell / "result.json", result | {"best_epoch": "x"}, "result.json is damaged ('best_epoch' cannot be 'x')"),
+        (cell / "result.json", result | {"images": -4}, "result.json is damaged ('images' cannot be -4)"),
+        (cell / "result.json", result | {"seconds": True}, "result.json is damaged ('seconds' is no number)"),
+        (cell / "result.json", '{"a": 1, "a": 2}', "result.json is damaged ('a' is there twice)"),
         (cell / "metrics.jsonl", "{}\n", "metrics.jsonl, line 1, is damaged"),
         (runs / "run/config.json", "{}", "config.json: --epochs None is too small"),
     ):
@@ -138,7 +146,15 @@ def test_damaged_files_of_a_run_are_named(runs: Path, capsys: pytest.CaptureFixt
 def test_damaged_files_of_a_table_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     column = tmp_path / "grid/digits-vgg9_bn-10"
     column.mkdir(parents=True)
-    (column / name).write_text("")
     given = ["--runs", str(tmp_path), "--name", "grid", *SMALL, "--method", "scratch", "--seeds", "0"]
     (tmp_path / "grid/table.json").write_text('{"threads": 1}')
-    assert f"{column / name} is damaged" in refused(capsys, *given)
+    for content in ("", '{"scratch": {}, "scratch": {}}'):
+        (column / name).write_text(content)
+        assert f"{column / name} is damaged" in refused(capsys, *given)
+
+
+def test_problems_that_are_no_words_are_refused(tmp_path: Path) -> None:
+    for content in ('{"scratch": {"0": 5}}', '{"scratch": {"0": null}}', '{"scratch": 3}'):
+        (tmp_path / "problems.json").write_text(content)
+        with pytest.raises(L2TError, match=r"problems.json is damaged: remove it"):
+            read_problems(tmp_path)

@@ -8,11 +8,17 @@ import pytest
 
 from l2t_fast.choices import METHODS
 from l2t_fast.cli import main
+from l2t_fast.data.options import DataConfig
+from l2t_fast.data.splits import load_data
+from l2t_fast.errors import L2TError
 from l2t_fast.files import load_checkpoint, save_checkpoint
+from l2t_fast.runs.made import inputs
 from l2t_fast.settings.defaults import resolve
 from l2t_fast.settings.options import OptimConfig, TrainConfig
 from l2t_fast.settings.stored import load_config, save_config
 from l2t_fast.training.log import read_metrics
+from l2t_fast.training.state import check_made
+from tests.data.samples import write_folder
 from tests.runs.commands import SMALL, refused
 
 QUICK = [*SMALL[:-4], "--method", "scratch", "fm-single", "--seeds", "0", "--epochs", "1", "--source-epochs", "1"]
@@ -77,6 +83,25 @@ def test_checkpoints_are_bound_to_their_cell(tmp_path: Path, capsys: pytest.Capt
     main(["train", *resume])
     assert load_config(run / "config.json").optim.lr == 0.03
     assert (run / "scratch/seed-0/result.json").exists()
+
+
+def test_a_training_is_bound_to_what_its_image_files_hold(tmp_path: Path) -> None:
+    """Not to their names alone; where they lie is free."""
+    write_folder(tmp_path / "images", count=10)
+    found = []
+    for place, change in (("images", ""), ("copy", ""), ("copy", "train/b/2.png"), ("copy", "test/a/1.png")):
+        if place == "copy" and not change:
+            shutil.copytree(tmp_path / "images", tmp_path / "copy")
+        if change:  # another image of as many bytes
+            content = bytearray((tmp_path / "copy" / change).read_bytes())
+            content[-20] ^= 1
+            (tmp_path / "copy" / change).write_bytes(content)
+        found.append(inputs([], load_data(DataConfig(dataset="folder", data_root=tmp_path / place), 0)))
+    assert found[0] == found[1]
+    assert len({each["images in the files"] for each in found}) == 3
+    with pytest.raises(L2TError, match=r"checkpoint x was made with other images in the files: put that back"):
+        check_made("checkpoint x", found[1], found[2])
+    check_made("checkpoint x", {"images": found[0]["images"]}, found[2])  # of an older version, which did not say
 
 
 def test_each_method_learns_by_the_optimizer_and_the_loss_that_are_given(

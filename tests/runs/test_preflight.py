@@ -15,6 +15,8 @@ from tests.runs.commands import SMALL, refused, rows
     ("given", "words"),
     [
         ("--mode graph --device cpu", "--mode graph needs a CUDA device, not cpu: leave it out"),
+        ("--method scratch --classes 5", "one class of digits leaves nothing to tell apart: take two or more"),
+        ("--method at --source-classes 1", "one class of digits leaves nothing to tell apart: take two or more"),
         ("--method scratch finetune", "nothing of the source (CifarResNet) fits the target (CifarVGG)"),
         ("--method fm-single --target-layers nowhere", "no layer 'nowhere'"),
     ],
@@ -46,14 +48,14 @@ def test_a_run_on_an_npz_file(tmp_path: Path) -> None:
 def test_images_that_are_skipped_are_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(tmp_path / "images", count=4)
     good = tmp_path / "images/train/b/2.png"
-    bad = good.rename(good.with_name(os.fsdecode(b"2\xff \xc3\xa9.png")))  # a name of bytes that are no text
+    bad = good.rename(good.with_name(os.fsdecode(b"2\xff\n \xc3\xa9.png")))  # bytes that are no text, a new line
     bad.write_bytes(bad.read_bytes()[:50])
     given = f"--dataset folder --data-root {tmp_path / 'images'} --image-size 32 --target-width 0.0625 --epochs 1"
     given += f" --workers 0 --runs {tmp_path} --name run --method scratch"
     assert "is no readable image" in refused(capsys, *given.split(), command="train")
     main(["train", *given.split(), "--on-bad-image", "skip"])
     assert "folder: 1 images cannot be read and are left out; skipped-images.txt lists them" in capsys.readouterr().out
-    assert (tmp_path / "run/skipped-images.txt").read_bytes() == os.fsencode(bad) + b"\n"
+    assert (tmp_path / "run/skipped-images.txt").read_bytes() == os.fsencode(bad).replace(b"\n", rb"\n") + b"\n"
     for path in bad.parent.iterdir():
         path.write_bytes(b"no image")
     error = refused(capsys, *given.split(), "--on-bad-image", "skip", "--workers", "1", "--name", "b", command="train")

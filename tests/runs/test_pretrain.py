@@ -72,3 +72,12 @@ def test_a_source_is_trained_again_from_its_settings(tmp_path: Path, capsys: pyt
     assert error.startswith(f"{tmp_path / 'config.json'} is not the configuration of a source: give a run that")
     error = refused(capsys, *runs, "--config", str(tmp_path / "none"), command="pretrain")
     assert "is not the configuration of a run" in error
+
+
+def test_a_run_of_train_is_not_gone_on_with_as_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which may have several seeds."""
+    (tmp_path / "run").mkdir()
+    for seeds in ((0,), (0, 1)):
+        save_config(resolve(TrainConfig(name="run", method=("scratch",), seeds=seeds)), tmp_path / "run/config.json")
+        error = refused(capsys, "--resume", "--runs", str(tmp_path), "--name", "run", command="pretrain")
+        assert "config.json is not the configuration of a source: give a run that `l2t-fast pretrain` made" in error

@@ -53,6 +53,8 @@ def test_what_may_change_when_a_run_goes_on() -> None:
         ("", "method", ["l2t"], "there is no method 'l2t'"),
         ("", "name", "../x", "--name '../x' is not the name of a folder"),
         ("", "optim", 5, "'optim' cannot be 5"),
+        ("target", "target", None, "--target None is no network: give its name"),
+        ("target", "target_width", None, "--target-width None is too small"),
     ],
 )
 def test_an_edited_value_is_named(tmp_path: Path, part: str, key: str, value: Any, words: str) -> None:
@@ -72,3 +74,11 @@ def test_settings_with_weights_are_read_again(tmp_path: Path) -> None:
     config = resolve(TrainConfig(source=SourceConfig(source_weights=("x.pt",))))
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
+
+
+def test_a_setting_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    save_config(resolve(TrainConfig(name="run")), path)
+    path.write_text(path.read_text().replace('"beta": 0.5', '"beta": 0.5, "beta": 0.7'))
+    with pytest.raises(L2TError, match=r"config.json: 'beta' is there twice: remove one of them"):
+        load_config(path)

@@ -3,11 +3,13 @@
 import math
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from l2t_fast import L2TError
 from l2t_fast.errors import DamagedFileError, Interrupted, MachineError
@@ -91,6 +93,48 @@ def test_weights_that_are_not_finite_are_not_tested(stopped: Path) -> None:
         fit(stopped, engine, target, DATA, SCHEDULE, watch, MADE)
 
 
+def weights_with(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any]], Any]:
+    def changed(content: dict[str, Any]) -> dict[str, Any]:
+        return {**content, "weights": {**content["weights"], "0.weight": change(content["weights"]["0.weight"])}}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda content: {**content, "made": {**content["made"], "seed": "1"}}, "was made with seed 1, not 0"),
+        (lambda content: {**content, "made": {**content["made"], "images": "0c"}}, "was made with other images"),
+        (lambda content: {**content, "epoch": 77}, "is of epoch 77, and epoch 0 was best"),
+        (lambda content: {"engine": content}, "is of something else"),
+        (lambda content: {**content, "made": [1]}, "is of something else"),
+        (weights_with(lambda w: w.transpose(2, 0)), "is of something else"),
+        (weights_with(lambda w: w.half()), "is of something else"),
+        (weights_with(lambda w: w.to(torch.complex64)), "is of something else"),
+        (lambda content: {**content, "weights": {}}, "is of something else"),
+    ],
+)
+def test_the_best_weights_are_bound_to_what_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    """Those of another seed or epoch fit as well, and have another accuracy."""
+    monkeypatch.setattr("l2t_fast.training.fit.evaluate", lambda *arguments: 0.5)  # so that epoch 0 is the best
+    engine, target = training()
+    fit(tmp_path, engine, target, DATA, SCHEDULE, Stop(), MADE)
+    save_checkpoint(tmp_path / "best.pt", edit(load_checkpoint(tmp_path / "best.pt")))
+    engine, target = training()
+    with pytest.raises(L2TError, match=rf"checkpoint .*best.pt {words}"):
+        fit(tmp_path, engine, target, DATA, SCHEDULE, Stop(), MADE)
+
+
+def test_best_weights_of_an_older_version_are_taken(stopped: Path) -> None:
+    content = load_checkpoint(stopped / "best.pt")
+    del content["made"]
+    save_checkpoint(stopped / "best.pt", content)
+    engine, target = training()
+    fit(stopped, engine, target, DATA, SCHEDULE, Told(), {**MADE, "--optimizer": "sgd"})
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
@@ -114,6 +158,10 @@ def test_a_checkpoint_is_bound_to_what_made_it(stopped: Path, other: dict[str, s
         ("state", {"epoch": 0.5}, "last.pt is of something else"),
         ("state", {"iteration": -5}, "last.pt is of something else"),
         ("state", {"seconds": math.inf}, "last.pt is of something else"),
+        ("state", {"seconds": -1.0}, "last.pt is of something else"),
+        ("state", {"best_epoch": -7}, "last.pt is of something else"),
+        ("state", {"best_epoch": 50}, "last.pt is of something else"),
+        ("state", {"best_accuracy": 5.0}, "last.pt is of something else"),
         ("state", {"epoch": 10**9}, "last.pt is of a longer training"),
         ("state", {"iteration": 10**9}, "last.pt is of a longer training"),
         ("random", {"cpu": torch.zeros(3, dtype=torch.uint8)}, "last.pt is of something else"),
@@ -138,6 +186,36 @@ def test_moments_that_are_not_finite_are_not_gone_on_from(stopped: Path) -> None
     (stopped / "before.pt").unlink()
     engine, target = training()
     with pytest.raises(DamagedFileError, match=r"last.pt is damaged \('exp_avg' is not finite\)"):
+        fit(stopped, engine, target, DATA, SCHEDULE, Told(), MADE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda moments: {0: "nothing"},
+        lambda moments: {-1: moments[0]},
+        lambda moments: {0: {**moments[0], "exp_avg": "x"}},
+        lambda moments: {0: {**moments[0], "step": moments[0]["step"] - 100}},
+        lambda moments: {0: {**moments[0], "exp_avg_sq": moments[0]["exp_avg_sq"] - 1}},
+    ],
+)
+def test_moments_that_none_can_have_are_refused(stopped: Path, change: Callable[[Any], Any]) -> None:
+    content = load_checkpoint(stopped / "last.pt")
+    content["engine"]["adam"]["state"] = change(content["engine"]["adam"]["state"])
+    save_checkpoint(stopped / "last.pt", content)
+    engine, target = training()
+    with pytest.raises(L2TError, match=r"last.pt: this state is not that of an engine: its 'adam'"):
+        fit(stopped, engine, target, DATA, SCHEDULE, Told(), MADE)
+
+
+def test_sparse_parameters_are_refused(stopped: Path) -> None:
+    content = load_checkpoint(stopped / "last.pt")
+    theta = content["engine"]["theta"]
+    theta["target.0.weight"] = theta["target.0.weight"].to_sparse()
+    save_checkpoint(stopped / "last.pt", content)
+    (stopped / "before.pt").unlink()
+    engine, target = training()
+    with pytest.raises(DamagedFileError, match=r"last.pt is damaged \('target.0.weight' is torch.sparse_coo\)"):
         fit(stopped, engine, target, DATA, SCHEDULE, Told(), MADE)
 
 

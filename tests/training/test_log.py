@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,60 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     for read in (lambda: read_metrics(tmp_path / "metrics.jsonl"), lambda: opened(tmp_path)):
         with pytest.raises(L2TError, match=r"metrics\.jsonl, line 2, is damaged"):
             read()
+
+
+def lines(*changes: tuple[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of two epochs of two iterations, with changes to some of them; None takes away a key."""
+    found: list[dict[str, Any]] = []
+    for epoch in range(2):
+        found += [{"epoch": epoch, "iteration": i, "loss": 1.0, "pair_weights": [1.0, 2.0]} for i in range(2)]
+        found.append({"epoch": epoch, "loss": 1.0, "pair_weights": [1.0, 2.0], "val_accuracy": 0.5})
+    for number, change in changes:
+        found[number] = {key: value for key, value in {**found[number], **change}.items() if value is not None}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "number"),
+    [
+        (lines() + lines(), 7),
+        (lines()[2:], 4),
+        (lines()[:1] + lines()[2:], 5),
+        (lines()[:2] + lines()[3:], 3),
+        (lines()[::-1], 1),
+        (lines((5, {"epoch": 10**30})), 6),
+        (lines((0, {"epoch": -3})), 1),
+        (lines((3, {"epoch": True})), 4),
+        (lines((5, {"pair_weights": None})), 6),
+        (lines((5, {"pair_weights": "ab"})), 6),
+        (lines((5, {"pair_weights": [1.0]})), 6),
+        (lines((5, {"pair_weights": [1.0, [2.0]]})), 6),
+        (lines((4, {"loss": "1"})), 5),
+        (lines((5, {"val_accuracy": None})), 6),
+    ],
+)
+def test_lines_that_were_edited_are_named(tmp_path: Path, rows: list[dict[str, Any]], number: int) -> None:
+    """Means and curves of what is left would be other ones, silently."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for read in (lambda: read_metrics(path), lambda: opened(tmp_path, (2, 0))):
+        with pytest.raises(
+            L2TError, match=rf"metrics\.jsonl(, line {number}, is (damaged|not what)| ends before epoch 2)"
+        ):
+            read()
+
+
+def test_later_versions_may_say_more(tmp_path: Path) -> None:
+    rows = lines((3, {"seconds": 1.0}), (5, {"seconds": 1.0}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_metrics(tmp_path / "metrics.jsonl") == rows
+
+
+@pytest.mark.parametrize("left", [0, 3, 4])
+def test_a_log_that_ends_before_its_checkpoint_is_not_gone_on_with(tmp_path: Path, left: int) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines()[:left]))
+    with pytest.raises(L2TError, match=r"metrics.jsonl ends before epoch 1, iteration 2, where .*last.pt goes on"):
+        opened(tmp_path, (1, 2))
 
 
 def test_three_pairs_are_named(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ Listed = list[tuple[str, str]]  # class and path of each image, in any order
 LabelledFiles = tuple[Tensor, list[str]]  # int64 [N], and N paths
 
 _CONVERTED = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"))
-_BITS_PER_SAMPLE = 258  # a tag of TIFF: some have 12 bits in 16
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF: some have 12 bits in 16
+_MOST_LONGER = 1000  # times: resized by its shorter side, an image has as much more pixels
 
 
 class DamagedError(Exception):
@@ -57,14 +58,24 @@ class Reader:
 def open_image(path: str) -> Image.Image:
     """The image in a file as 8-bit RGB: gray, palette and CMYK images too, and those of 16 bits, scaled from 65535.
 
-    Raises L2TError when it cannot be read, has more than twice `Image.MAX_IMAGE_PIXELS` pixels, or has values whose
-    range nothing says (integers of 32 bits, floats).
+    Raises L2TError when it cannot be read, has more than twice `Image.MAX_IMAGE_PIXELS` pixels or one side 1000 times
+    as long as the other, has values whose range or sign Pillow does not see to (integers of 32 bits, floats, signed
+    bytes), or is a program that draws one (EPS), which is not run.
     """
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of half that many pixels, and of damaged metadata
             image: Image.Image = Image.open(file)
             found = f"{image.mode} ({image.format})"
+            if image.format == "EPS":
+                raise L2TError(f"{path} is a program that draws an image (EPS), which is not run; save the image.")
+            if max(image.size) > _MOST_LONGER * min(image.size):
+                raise L2TError(
+                    f"{path} is {image.width} x {image.height}, one side more than {_MOST_LONGER} times the other; cut "
+                    "it, or remove it."
+                )
+            if odd := _misread(image):
+                raise L2TError(f"{path} has mode {found} and {odd}; save it without, or remove it.")
             image = _sixteen_bits(image) if _is_sixteen_bits(image) else image
             if image.mode not in _CONVERTED:
                 raise L2TError(
@@ -83,6 +94,15 @@ def open_image(path: str) -> Image.Image:
         raise L2TError(f"{path} is no readable image; replace or remove it.") from None
 
 
+def _misread(image: Image.Image) -> str:
+    """What of a TIFF Pillow passes over, so that its values would mean something else; "" where there is nothing."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == 0:
+        return "0 for white"
+    signed = 2 in tuple(tags.get(_SAMPLE_FORMAT, (1,)))
+    return "signed values" if signed and image.mode in _CONVERTED else ""
+
+
 def _is_sixteen_bits(image: Image.Image) -> bool:
     """Whether its values go to 65535: some gray images of 16 bits Pillow opens as integers of 32."""
     if image.mode == "I":
@@ -97,8 +117,10 @@ def _sixteen_bits(image: Image.Image) -> Image.Image:
 
 
 def check_tree(folder: Path) -> None:
-    """Raises L2TError where the folder, or something in it, is neither a folder nor a file: links make images twice or
-    of another class, and reading a pipe never ends."""
+    """Raises L2TError where the folder, or something in it, is neither a folder nor a file, or is a hidden folder.
+
+    Links, and the copies that notebooks keep, make images twice or of another class, and reading a pipe never ends.
+    """
     if folder.is_symlink():
         raise _link(folder)
     waiting = [folder]
@@ -108,6 +130,8 @@ def check_tree(folder: Path) -> None:
                 if entry.is_symlink():
                     raise _link(Path(entry.path))
                 if entry.is_dir():
+                    if entry.name.startswith("."):
+                        raise L2TError(f"{entry.path} is hidden, and would be read as any other folder; remove it.")
                     waiting.append(Path(entry.path))
                 elif not entry.is_file():
                     raise L2TError(f"{entry.path} is neither a file nor a folder; remove it.")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from l2t_fast.data.readers.layout import Labelled, TrainTest, first_line
-from l2t_fast.errors import L2TError
+from l2t_fast.environment import host_memory
+from l2t_fast.errors import L2TError, MachineError
 
 _KEYS = [f"{part}_{what}" for part in ("train", "val", "test") for what in ("images", "labels")]
 
@@ -50,14 +52,32 @@ def _arrays(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in _KEYS if name not in file.files]
+            _check_archive(path, file.zip)
             for key in () if missing else _KEYS:
                 arrays[key] = file[key]
+    except L2TError:
+        raise
     except Exception as error:  # on bytes of any origin the reader may raise anything
         what = f"{key} of {path} cannot be read" if key else f"{path} is no npz file"
         raise L2TError(f"{what} ({first_line(error)}); get the file again.") from error
     if missing:
         raise L2TError(f"{path} has no {missing[0]}; an npz data set holds {', '.join(_KEYS)}.")
     return arrays
+
+
+def _check_archive(path: Path, archive: ZipFile) -> None:
+    """Raises L2TError where it names an array twice, or unpacked does not fit in memory: packed, gigabytes of one value
+    are a small file."""
+    entries = [entry for entry in archive.infolist() if entry.filename.removesuffix(".npy") in _KEYS]
+    names = [entry.filename.removesuffix(".npy") for entry in entries]
+    if twice := [name for name in _KEYS if names.count(name) > 1]:
+        raise L2TError(f"{path} has {twice[0]} twice; keep one of them.")
+    needed, (free, total) = sum(entry.file_size for entry in entries), host_memory()
+    if total and needed > free:
+        raise MachineError(
+            f"the arrays of {path} take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free; take "
+            "fewer or smaller images."
+        )
 
 
 def _images(array: Any, name: str) -> Tensor:
