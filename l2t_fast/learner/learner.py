@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from l2t_fast.bounds import shown
@@ -373,6 +374,7 @@ def _check_apart(target: nn.Module) -> None:
             )
 
 
+@torch.no_grad()
 def _check_placement(networks: Sequence[nn.Module], target: nn.Module, example: Tensor) -> None:
     if not isinstance(example, Tensor) or example.dim() != 4:
         what = f"a tensor of shape {list(example.shape)}" if isinstance(example, Tensor) else shown(example)
@@ -391,5 +393,6 @@ def _check_placement(networks: Sequence[nn.Module], target: nn.Module, example: 
                     f"parameter '{name}' of the {role} is {p.dtype} on {p.device}, but example is {example.dtype} on "
                     f"{example.device}: move all networks and the example to one device and dtype first."
                 )
-            if not is_lazy(p) and not p.is_meta and not bool(p.isfinite().all()):
+            finite = None if is_lazy(p) or p.is_meta else p.isfinite().all()
+            if finite is not None and not isinstance(finite, FakeTensor) and not finite:
                 raise L2TError(f"parameter '{name}' of the {role} is not finite: load good weights into it.")
