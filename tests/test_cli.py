@@ -119,7 +119,7 @@ def test_interrupt_saves_and_resume_goes_on(tmp_path: Path) -> None:
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "stopped and saved" in error
     assert not (checkpoint.parent / "result.json").exists()

@@ -130,7 +130,8 @@ class Case:
 
 def _work(rank: int, count: int, store: str, function: Any, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", timeout=timedelta(seconds=60), rank=rank, world_size=count)
+    limit = timedelta(seconds=300)  # a busy machine is slow to start the others
+    dist.init_process_group("gloo", f"file://{store}", timeout=limit, rank=rank, world_size=count)
     try:
         outcome = "gave", function(rank, dist.group.WORLD, *arguments)
     except Exception as error:
@@ -148,7 +149,7 @@ def in_processes(count: int, folder: Path, function: Any, *arguments: Any) -> li
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(360)
         process.kill()
     return [pickle.loads(Path(f"{store}.{rank}").read_bytes()) for rank in range(count)]
 

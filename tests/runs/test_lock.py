@@ -106,7 +106,7 @@ def test_two_at_once_are_one_run(tmp_path: Path) -> None:
         while all(process.poll() is None for process in pair) and time.monotonic() < deadline:
             time.sleep(0.02)
         second, first = sorted(pair, key=lambda process: process.poll() is None)
-        _, error = second.communicate(timeout=60)
+        _, error = second.communicate(timeout=300)
         assert second.returncode == 2, error
         assert f"process {first.pid} on" in error
         return first, error
@@ -120,7 +120,7 @@ def test_two_at_once_are_one_run(tmp_path: Path) -> None:
     first.communicate()
     first, _ = both("--resume")
     first.send_signal(signal.SIGINT)
-    _, error = first.communicate(timeout=60)
+    _, error = first.communicate(timeout=300)
     assert first.returncode == 130, error
     found = [(row["epoch"], row.get("iteration")) for row in map(json.loads, rows.read_text().splitlines())]
     assert len(set(found)) == len(found)

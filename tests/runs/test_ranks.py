@@ -92,7 +92,7 @@ def test_two_processes_train_as_one_with_two_micro_batches(tmp_path: Path) -> No
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     with under_way(tmp_path) as job:
         os.kill(children(job.pid)[1], signal.SIGTERM)  # one of them is enough
-        output, _ = job.communicate(timeout=60)
+        output, _ = job.communicate(timeout=300)
     assert output.count("stopped and saved") == 2
     assert "exitcode  : 143" in output
     done = len(iterations(tmp_path))
@@ -102,7 +102,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     last = tmp_path / "run/scratch/seed-0/last.pt"
     wait_for(last, resumed, last.stat().st_mtime)
     resumed.send_signal(signal.SIGTERM)  # to torchrun, which sends it on
-    output, _ = resumed.communicate(timeout=60)
+    output, _ = resumed.communicate(timeout=300)
     assert "goes on from" in output
     assert output.count("stopped and saved") == 2
     steps = iterations(tmp_path)
@@ -131,7 +131,7 @@ def test_torchrun_begins_again_where_the_last_checkpoint_is(tmp_path: Path) -> N
         os.kill(children(job.pid)[1], signal.SIGKILL)
         wait_for(last, job, before)
         job.send_signal(signal.SIGTERM)
-        output, _ = job.communicate(timeout=60)
+        output, _ = job.communicate(timeout=300)
     assert "goes on from" in output
     steps = iterations(tmp_path)
     assert steps == sorted(set(steps))

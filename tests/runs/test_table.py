@@ -43,7 +43,7 @@ def test_a_table_killed_at_random_points_is_the_same_table(tmp_path: Path) -> No
             process.kill()  # its workers find out by themselves
         else:
             os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=60)
+        process.wait(timeout=300)
         done |= {path: path.stat().st_mtime_ns for path in folder.glob("**/result.json")}
         process = subprocess.Popen(command, start_new_session=True)
     assert process.wait(timeout=300) == 0
@@ -200,7 +200,7 @@ def test_a_scheduler_that_stops_all_processes_loses_nothing(tmp_path: Path) -> N
     while not list(tmp_path.glob("stopped/digits*/scratch/seed-*/last.pt")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGTERM)
-    told, _ = process.communicate(timeout=60)
+    told, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped and saved" in told
     assert "not trained yet" in (tmp_path / "stopped/table.md").read_text()
