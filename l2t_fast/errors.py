@@ -53,6 +53,11 @@ def ran_out(error: BaseException) -> bool:
     )
 
 
+def first_line(error: BaseException | None) -> str:
+    """What it says, in one line without the stop: a message may go on with advice in Python."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+
+
 @contextmanager
 def memory_watched() -> Iterator[None]:
     """Raises NoMemoryError where memory runs out."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, first_line
 from l2t_fast.kernels.beside import joined
 from l2t_fast.kernels.layers.autograd import constant_primals, differentiated_once, zeros_left_out
 from l2t_fast.kernels.matching import ops
@@ -307,7 +307,7 @@ def _hooked(learner: L2T, name: str, g: Tensor) -> Tensor:
         try:
             changed = hook(g)
         except Exception as error:  # whatever a hook may raise
-            line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            line = first_line(error)
             raise L2TError(f"a hook of '{name}' fails on its gradient alone ({line}): take it away.") from error
         if changed is not None and (changed.shape, changed.dtype) != (g.shape, g.dtype):
             raise L2TError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l2t_fast.bounds import shown
 from l2t_fast.engine.inner_step import LossFunction
 from l2t_fast.engine.second_order import NotFinite, SecondOrder, differentiate_twice
-from l2t_fast.errors import L2TError, UnfitError
+from l2t_fast.errors import L2TError, UnfitError, first_line
 from l2t_fast.learner.attributes import settings_of, versions_of
 from l2t_fast.learner.generators import generators_kept
 from l2t_fast.learner.reach import nodes_of
@@ -120,7 +120,7 @@ def try_loss(
                 return way
     if isinstance(error, NotFinite):
         raise L2TError("the second derivative of the loss is not finite on the first batch: bound it.")
-    reason = (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+    reason = first_line(error)
     raise UnfitError(
         f"the loss cannot be differentiated twice ({reason}): compose it of operations that have second derivatives."
     ) from error
@@ -169,7 +169,7 @@ def _value(function: LossFunction, outputs: Tensor, y: Tensor) -> Tensor:
             warnings.filterwarnings("error", message="Using a target size")  # what is broadcast is a mistake
             value: Any = function(outputs, y)
     except Exception as error:  # whatever a loss may raise
-        line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        line = first_line(error)
         raise L2TError(f"the loss cannot be computed on {given} ({line}): give those that it takes.") from error
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
         what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

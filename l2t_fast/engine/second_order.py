@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from l2t_fast.errors import UnfitError
+from l2t_fast.errors import UnfitError, first_line
 from l2t_fast.learner.reach import nodes_of
 from l2t_fast.learner.undisturbed import undisturbed
 
@@ -212,7 +212,7 @@ def examine(
         name, culprit, error = _culprit(module, run) or ("", module, error)
     place = f"'{name}' of the {role}" if name else f"the {role}"
     raise UnfitError(
-        f"{place} ({type(culprit).__name__}) cannot be differentiated twice ({_reason(error)}): compose it of "
+        f"{place} ({type(culprit).__name__}) cannot be differentiated twice ({first_line(error)}): compose it of "
         "operations that have second derivatives."
     ) from error
 
@@ -309,7 +309,3 @@ def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, dict):
         values = [*values.values()]
     return [x for value in values for x in _tensors(value)] if isinstance(values, tuple | list) else []
-
-
-def _reason(error: Exception | None) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, first_line
 from l2t_fast.learner.alike import alike, unordered
 from l2t_fast.learner.attributes import read_attributes
 from l2t_fast.learner.hooks import act_on_gradients, sweeping
@@ -127,7 +127,7 @@ def _pass(network: Network, x: Tensor, names: Sequence[str], poisoned: Sequence[
             with sweeping():  # hooks may have consequences of their own
                 grads = torch.autograd.grad(squares, list(stand_ins.values()), allow_unused=True) if ends else []
         except RuntimeError as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
+            line = first_line(error)
             raise L2TError(f"the {network.role} cannot be differentiated: {line}") from error
         for name, g in zip(stand_ins, grads, strict=False):
             if g is not None and g.layout != torch.strided:

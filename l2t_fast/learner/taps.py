@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from l2t_fast.bounds import shown
-from l2t_fast.errors import L2TError, ran_out
+from l2t_fast.errors import L2TError, first_line, ran_out
 from l2t_fast.learner.layout import FeatureMap, find_layout, parse_layer, pick
 from l2t_fast.learner.pairs import Shape
 from l2t_fast.learner.trail import AxisTrail
@@ -93,7 +93,7 @@ def check_module(module: nn.Module, role: str) -> None:
 
 def cannot_run(role: str, x: Tensor, error: Exception) -> L2TError:
     """What is raised where a network raised `error` on images x."""
-    line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
+    line = first_line(error).rstrip(".!")
     return L2TError(
         f"the {role} cannot run on images {list(x.shape)}: {line}; give images of the size and depth that it takes, or "
         "another network."

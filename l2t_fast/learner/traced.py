@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, first_line
 from l2t_fast.kernels.layers.twins import replace_layers, running_buffers, without_statistics
 from l2t_fast.learner.alike import alike, unordered
 from l2t_fast.learner.attributes import settings_of, versions_of
@@ -96,8 +96,8 @@ def _refused(network: Network, why: str) -> L2TError:
 
 
 def _untraceable(network: Network, error: Exception) -> L2TError:
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return _refused(network, f"torch.fx cannot trace it ({line.rstrip('.')})")
+    line = first_line(error)
+    return _refused(network, f"torch.fx cannot trace it ({line})")
 
 
 class _ModuleTracer(NodePathTracer):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from typing import Any
 import torchvision.models
 from torch import nn
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, first_line
 
 # Weights that a name stands for; everything else is a file.
 IMAGENET, PRETRAINED, OWN = "imagenet", "pretrained", "own"
@@ -59,7 +59,7 @@ def timm_model(name: str, **options: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, **options)
     except Exception as error:  # whatever the library may raise
-        raise L2TError(f"timm cannot make '{name}': {_line(error)}; give another network.") from error
+        raise L2TError(f"timm cannot make '{name}': {first_line(error)}; give another network.") from error
     return model
 
 
@@ -68,7 +68,7 @@ def _known_to_timm(name: str) -> ModuleType:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
-        raise L2TError(f"timm/{name} needs timm ({_line(error)}): run `pip install 'l2t-fast[timm]'`.") from error
+        raise L2TError(f"timm/{name} needs timm ({first_line(error)}): run `pip install 'l2t-fast[timm]'`.") from error
     if not timm.is_model(name.partition(".")[0]):
         raise unknown(f"timm/{name}", [f"timm/{each}" for each in timm.list_models()])
     return timm
@@ -86,7 +86,7 @@ def called_model(place: str, num_classes: int | None) -> nn.Module:
     try:
         model = build() if num_classes is None else _with_classes(build, num_classes)
     except Exception as error:  # whatever a user's code may raise
-        raise L2TError(f"{place} raised {type(error).__name__}: {_line(error)}{_where(error)}.") from error
+        raise L2TError(f"{place} raised {type(error).__name__}: {first_line(error)}{_where(error)}.") from error
     if not isinstance(model, nn.Module):
         raise L2TError(f"{place} returned {type(model).__name__}, not a network: return a torch.nn.Module.")
     return model
@@ -122,8 +122,8 @@ def _function(place: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module)
     except Exception as error:  # whatever a user's code may raise
         raise L2TError(
-            f"{module} of {place} cannot be imported ({type(error).__name__}: {_line(error)}{_where(error)}): run in "
-            "the folder that it lies in, or install it."
+            f"{module} of {place} cannot be imported ({type(error).__name__}: {first_line(error)}{_where(error)}): run "
+            "in the folder that it lies in, or install it."
         ) from error
     for part in path.split("."):
         if not hasattr(found, part):
@@ -170,18 +170,13 @@ def _timm_weights(timm: ModuleType, name: str, weights: str) -> nn.Module:
         model: nn.Module = timm.create_model(name if weights == PRETRAINED else weights, pretrained=True)
     except Exception as error:  # of the library, of the hub's, of the network
         raise L2TError(
-            f"the weights '{weights}' of timm/{name} cannot be had ({_line(error)}): without a network they must have "
-            "been downloaded before; or give a checkpoint file."
+            f"the weights '{weights}' of timm/{name} cannot be had ({first_line(error)}): without a network they must "
+            "have been downloaded before; or give a checkpoint file."
         ) from error
     made = str(getattr(model, "pretrained_cfg", {}).get("architecture", name))
     if made.partition(".")[0] != name.partition(".")[0]:
         raise L2TError(f"{weights} is a {made}, not a {name}: give --source timm/{made}.")
     return model
-
-
-def _line(error: BaseException) -> str:
-    """What it says, in one line without the stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _where(error: BaseException) -> str:

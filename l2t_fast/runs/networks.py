@@ -15,7 +15,7 @@ from l2t_fast.engine.iteration import Iteration
 from l2t_fast.engine.second_order import SecondOrder
 from l2t_fast.engine.state import Trained
 from l2t_fast.engine.update import make_update
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, first_line
 from l2t_fast.kernels.sgd.rule import SGD
 from l2t_fast.learner.candidates import Layers, find_layers, layers_of
 from l2t_fast.learner.learner import L2T
@@ -111,7 +111,7 @@ def _say_cost(learner: L2T, batch_size: int, image_size: int, console: Console) 
     try:
         found = measure(learner, batch_size)
     except Exception as error:  # whatever a network may raise on tensors without numbers
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         _line(console, f"it cannot be measured without computing it: {line}")
         return
     kept, most = found.saved_bytes / 1e9, found.peak_bytes / 1e9

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l2t_fast.choices import Export
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, first_line
 from l2t_fast.files import save_bytes
 from l2t_fast.learner.taps import unwrapped
 
@@ -104,7 +104,7 @@ def _graph(network: nn.Module, form: Export, example: Tensor) -> bytes:
             cause: BaseException = error
             while form == "onnx" and cause.__cause__ is not None:  # its own words are how to report it
                 cause = cause.__cause__
-            line = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200].rstrip(".")
+            line = first_line(cause)[:200]
             raise L2TError(
                 f"{type(network).__name__} cannot be exported as {form} ({line}): leave that out; 'safetensors' has "
                 "its weights."

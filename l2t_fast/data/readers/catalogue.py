@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torchvision import datasets
 
-from l2t_fast.data.readers.layout import DamagedError, Labelled, Reader, first_line
+from l2t_fast.data.readers.layout import DamagedError, Labelled, Reader
 from l2t_fast.data.readers.npz import npz
 from l2t_fast.data.readers.photographs import cub200, image_folder, mit67, photographs, stanford40, stanford_dogs
 from l2t_fast.data.readers.small import both_parts, cifar, digits, fashion, stl10
 from l2t_fast.data.readers.tinyimagenet import URL, tinyimagenet
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, first_line
 from l2t_fast.files import at_home
 
 READERS: dict[str, Reader] = {

@@ -181,8 +181,3 @@ def word_pairs(path: Path) -> dict[str, str]:
     if any(len(line) < 2 for line in words):
         raise DamagedError(f"{path} has a line of one word")
     return {line[0]: line[1] for line in words}
-
-
-def first_line(error: Exception) -> str:
-    """An error message may go on with advice in Python."""
-    return str(error).partition("\n")[0]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2t_fast.data.readers.layout import Labelled, TrainTest, first_line
+from l2t_fast.data.readers.layout import Labelled, TrainTest
 from l2t_fast.environment import host_memory
-from l2t_fast.errors import L2TError, MachineError
+from l2t_fast.errors import L2TError, MachineError, first_line
 
 _KEYS = [f"{part}_{what}" for part in ("train", "val", "test") for what in ("images", "labels")]
 

@@ -17,13 +17,12 @@ from l2t_fast.data.readers.layout import (
     Reader,
     TrainTest,
     check_tree,
-    first_line,
     lines,
     ordered,
     unpacked,
     word_pairs,
 )
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, first_line
 
 _Lists = Callable[[Path], tuple[Listed, Listed]]  # the folder of a data set -> what is for training and for testing
 

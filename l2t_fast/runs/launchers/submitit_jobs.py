@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from time import sleep
 from typing import Any
 
-from l2t_fast.errors import L2TError
+from l2t_fast.errors import L2TError, first_line
 from l2t_fast.runs.launchers.base import Task, carry_out_there
 
 _MARK = "l2t-fast: "  # before what a training tells
@@ -53,7 +53,7 @@ class Submitit:
             with TemporaryDirectory() as scrap:  # what is refused leaves no folder behind
                 executor(Path(scrap))
         except (AssertionError, NameError, RuntimeError, ValueError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             raise L2TError(f"--submitit {' '.join(options)} is refused ({first}): give submitit's options.") from None
         self._submitit = submitit
         self._executor = functools.cache(lambda: executor(folder))
